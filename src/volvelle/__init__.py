@@ -1,0 +1,1 @@
+"""volvelle: reinforcement-learning methods as recipes of interchangeable parts."""

@@ -1,0 +1,1 @@
+"""Online deep RL on Gymnasium environments."""

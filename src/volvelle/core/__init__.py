@@ -1,0 +1,1 @@
+"""What no paper owns: parts and recipes, runs, checkpoints, statistics, claims."""

@@ -1,0 +1,1 @@
+"""Reinforcement learning for token policies: five wheels and one loop."""

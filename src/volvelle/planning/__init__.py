@@ -1,0 +1,1 @@
+"""Exact mathematics: tabular MDPs, return distributions, bandits, matrix and Markov games."""
