@@ -98,7 +98,7 @@ def test_wilson_by_hand():
 
 
 def test_paired_t_covers_95_percent_at_five_seeds():
-    # 4000 draws, sd of the observed coverage 0.00345; 4 sd either way: a right interval fails this in 1 of 16,000 tries.
+    # 4000 draws, sd of the observed coverage 0.00345; 4 sd either way: a right interval fails 1 in 16,000.
     rng = np.random.default_rng(3)
     inside = 0
     for a, b in rng.normal(size=(4000, 2, 5)):

@@ -62,9 +62,8 @@ def paired(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interval:
 def wilson(successes: int, trials: int, level: float = 0.95) -> Interval:
     """Wilson score interval of a proportion; `mean` is successes / trials. Trials must be independent."""
     if trials == 0 or not 0 <= successes <= trials:
-        raise UserError(
-            f"wilson interval: {successes} successes in {trials} trials; accepted is 0 <= successes <= trials"
-        )
+        form = "at least 1 trial, and from 0 to all of them successful"
+        raise UserError(f"wilson interval: {successes} successes in {trials} trials; accepted is {form}")
     bounds = stats.binomtest(int(successes), int(trials)).proportion_ci(_level(level), method="wilson")
     return Interval(successes / trials, float(bounds.low), float(bounds.high), int(trials))
 
@@ -124,7 +123,7 @@ def improvement_interval(
 def curve_band(
     curves: ArrayLike, rng: np.random.Generator, level: float = 0.95, resamples: int = 2000
 ) -> tuple[Floats, Floats, Floats]:
-    """Mean, low and high, each [T], of learning curves [S, T]: pointwise percentile bootstrap over whole curves; S >= 2.
+    """Mean, low and high, each [T], of curves [S, T]: pointwise percentile bootstrap over whole curves; S >= 2.
 
     For the eye: few seeds make it too narrow (see the module), and it does not hold at all points at once.
     """
