@@ -114,7 +114,7 @@ def character_tokenizer(alphabet: str = ALPHABET, length: int = 256):
 
     vocabulary = {w: i for i, w in enumerate(["<pad>", "<end>", "<unk>", *alphabet])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", unk_token="<unk>",
                                    model_max_length=length, padding_side="left")
