@@ -214,6 +214,9 @@ def coerce(annotation: Any, value: Any, path: str, owner: type | None = None) ->
                     raise
         if isinstance(value, str):
             return build(slots, value, {}, path)
+        for s in slots:
+            if (made := getattr(s, "from_object", lambda value: None)(value)) is not None:
+                return made
         raise UserError(f"{path}={value!r}: expected {describe(annotation)}")
     if inner := slots_in_dict(annotation):
         if not isinstance(value, Mapping):

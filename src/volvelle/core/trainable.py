@@ -153,7 +153,7 @@ class Lagged:
     def __init__(self, source: Trainable, every: int | None = None, tau: float | None = None):
         if (every is None) == (tau is None):
             raise ValueError("give either every or tau")
-        self.source, self.every, self.tau, self.count = source, every, tau, 0
+        self.source, self.every, self.tau, self.count, self._pairs = source, every, tau, 0, None
         self.module = copy.deepcopy(source.module).requires_grad_(False).eval()
 
     def __call__(self, *args, **kwargs):
@@ -161,14 +161,19 @@ class Lagged:
             return self.module(*args, **kwargs)
 
     def refresh(self, tau: float = 1.0) -> None:
-        """target <- (1 - tau) target + tau source."""
-        mine = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        """Parameters: target <- (1 - tau) target + tau source. Buffers (batch statistics) are copied."""
+        if self._pairs is None:
+            mine = [*self.module.parameters()], [*self.module.buffers()]
+            theirs = [*self.source.module.parameters()], [*self.source.module.buffers()]
+            self._pairs = [(m, t) for m, t in zip(mine, theirs)]
+        (mine, theirs), (buffers, originals) = self._pairs
         with torch.no_grad():
-            for name, tensor in [*self.source.module.named_parameters(), *self.source.module.named_buffers()]:
-                if tau == 1.0 or not tensor.is_floating_point():
-                    mine[name].copy_(tensor)
-                else:
-                    mine[name].lerp_(tensor, tau)
+            if tau == 1.0:
+                torch._foreach_copy_(mine, theirs)
+            else:
+                torch._foreach_lerp_(mine, theirs, tau)
+            if buffers:
+                torch._foreach_copy_(buffers, originals)
 
     def update(self) -> None:
         self.count += 1
