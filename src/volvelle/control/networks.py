@@ -160,16 +160,17 @@ class Visual(nn.Module):
 
     def __init__(self, towers: dict[str, nn.Module], dense: Dense):
         super().__init__()
-        self.towers, self.dense, self.width = nn.ModuleDict(towers), dense, dense.width
+        self.towers = nn.ModuleDict({f"of {name}": tower for name, tower in towers.items()})
+        self.names, self.dense, self.width = tuple(towers), dense, dense.width
 
     def forward(self, x: Observation) -> Tensor:
-        parts = x if isinstance(x, dict) else {next(iter(self.towers)): x}
+        parts = x if isinstance(x, dict) else {self.names[0]: x}
         found = []
         for name, value in parts.items():
-            if name in self.towers:
+            if name in self.names:
                 copies, batch = value.shape[:2]
                 image = scaled(value).transpose(0, 1).flatten(1, 2)                     # [B, C * channels, H, W]
-                found.append(self.towers[name](image).view(batch, copies, -1).transpose(0, 1))
+                found.append(self.towers[f"of {name}"](image).reshape(batch, copies, -1).transpose(0, 1))
             else:
                 found.append(flat(value))
         return self.dense(found[0] if len(found) == 1 else torch.cat(found, -1))

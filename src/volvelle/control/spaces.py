@@ -73,15 +73,12 @@ class Actions:
 
     @classmethod
     def of(cls, space: gym.Space) -> "Actions":
-        """The actions of an encoded space: Discrete, MultiDiscrete, Box, or Dict(box, codes)."""
+        """The actions of a simple space: Discrete, MultiDiscrete or Box."""
         if isinstance(space, gym.spaces.Discrete):
             return cls((int(space.n),))
         if isinstance(space, gym.spaces.MultiDiscrete):
             return cls(tuple(map(int, space.nvec)), plain=False)
-        if isinstance(space, gym.spaces.Box):
-            return cls((), tuple(map(float, space.low)), tuple(map(float, space.high)), plain=False)
-        box, codes = space["box"], space["codes"]
-        return cls(tuple(map(int, codes.nvec)), tuple(map(float, box.low)), tuple(map(float, box.high)), plain=False)
+        return cls((), tuple(map(float, space.low)), tuple(map(float, space.high)), plain=False)
 
     @property
     def continuous(self) -> int:
