@@ -17,9 +17,17 @@ from volvelle.core.statistics import mean_interval, pass_at_k
 from .batching import make_batch, minibatches, split
 from .objectives import aggregate
 from .recipe import LanguageRecipe
-from .records import PAD, POLICY, Batch, Prompt, Rollout, Scores
+from .records import POLICY, Batch, Prompt, Rollout, Scores
 from .sampling import Sampling, generate
 from .slots import finite
+
+
+def _acts_on(loss) -> tuple[int, ...]:
+    return getattr(loss, "acts_on", (POLICY,))
+
+
+def _plain(values) -> list:
+    return values.tolist() if isinstance(values, torch.Tensor) else list(values)
 
 
 class LanguageLearner:
@@ -96,7 +104,7 @@ class LanguageLearner:
         for name, values in scores.items():
             if len(values) != len(rollouts):
                 raise RunStopped(f"reward {name!r} returned {len(values)} values for {len(rollouts)} responses")
-            for r, v in zip(rollouts, values):
+            for r, v in zip(rollouts, _plain(values)):
                 r.scores[name] = finite(v, f"reward {name!r} on prompt {r.prompt.id!r}")
         self.total(rollouts)
 
@@ -107,7 +115,7 @@ class LanguageLearner:
         total = self.reward.total(scores, {"rollouts": rollouts}, self.run.step)
         if getattr(total, "shape", None) != (len(rollouts),):
             raise RunStopped(f"the total reward has shape {tuple(getattr(total, 'shape', ()))}; expected ({len(rollouts)},)")
-        for r, v in zip(rollouts, total):
+        for r, v in zip(rollouts, _plain(total)):
             r.reward = finite(v, f"the total reward of prompt {r.prompt.id!r}")
 
     def sift(self, rollouts: list[Rollout]) -> list[Rollout]:
@@ -129,7 +137,7 @@ class LanguageLearner:
         needs, roles = self.recipe.needs, self.roles()
         keep = batch.acted(roles)
         if "old" in needs:
-            stats = frozenset({"mean_logp", "entropy"}) & needs & self.recipe.loss_needs if self.old_statistics else frozenset()
+            stats = frozenset().union(*(getattr(o, "old_needs", ()) for o in self.recipe.losses().values()))
             inexact = ~batch.exact | (keep & ~batch.acted((POLICY,))).any(1)
             if stats or inexact.all():
                 batch.old = self.score_in_parts(self.policy, batch, keep, stats)
@@ -141,15 +149,13 @@ class LanguageLearner:
                     found = self.score_in_parts(self.policy, part, part.acted(roles))
                     batch.old.logps[rows, : found.logps.shape[1]] = found.logps
         if "reference" in needs:
-            batch.reference = self.score_in_parts(self.run.reference(), batch, keep, frozenset({"mean_logp"}) & self.recipe.loss_needs)
+            batch.reference = self.score_in_parts(self.run.reference(), batch, keep)
         if self.critic is not None:
             batch.values = self.critic.values(batch)
 
-    old_statistics = False
-
     def roles(self) -> tuple[int, ...]:
         """Roles of tokens that some loss acts on, policy tokens always among them."""
-        return tuple(sorted({POLICY}.union(*(o.acts_on for o in self.losses.values()))))
+        return tuple(sorted({POLICY}.union(*(_acts_on(o) for o in self.recipe.losses().values()))))
 
     def score_in_parts(self, policy, batch: Batch, keep: torch.Tensor, needs: frozenset[str] = frozenset()) -> Scores:
         """Scores of a whole batch without gradient, in micro-batches."""
@@ -194,8 +200,7 @@ class LanguageLearner:
             a = mini.advantages
             mini.advantages = (a - a.mean()) / (a.std() + 1e-8)
         weights = self.weights(mini)
-        keep = torch.stack([w if w.ndim == 2 else w[:, None] * mini.acted(self.losses[n].acts_on)
-                            for n, w in weights.items()]).abs().sum(0) > 0
+        keep = torch.stack([w > 0 for w in weights.values()]).any(0)
         metrics: dict[str, float] = defaultdict(float)
         for rows in split(mini, self.recipe.updates.micro_tokens, "groups" in self.recipe.loss_needs):
             micro = mini.select(rows)
@@ -204,7 +209,7 @@ class LanguageLearner:
             total = 0.0
             for name, weight in weights.items():
                 matrix = self.kl.loss(scores, micro) if name == "kl" else self.losses[name](scores, micro)
-                w = weight[rows] if weight.ndim == 1 else weight[rows][:, :width]
+                w = micro.train / len(mini) if matrix.ndim == 1 else weight[rows][:, :width]
                 value = torch.where(w != 0, matrix * w, 0.0).sum()
                 total = total + value
                 metrics["loss" if name == "objective" else f"loss/{name}"] += float(value.detach())
@@ -216,15 +221,12 @@ class LanguageLearner:
         return dict(metrics)
 
     def weights(self, mini: Batch) -> dict[str, torch.Tensor]:
-        """Aggregation as weights, [N, T] for token losses and [N] for sequence losses; muted rows weigh nothing."""
+        """Aggregation as weights [N, T]; muted rows weigh nothing. A loss of one number per response is averaged over responses instead."""
         out = {}
-        losses = dict(self.losses) | ({"kl": self.kl.part} if self.kl is not None and self.kl.part.place == "loss" else {})
+        losses = self.recipe.losses() | ({"kl": self.kl.part} if self.kl is not None and self.kl.part.place == "loss" else {})
         for name, loss in losses.items():
-            mask = mini.acted(getattr(loss, "acts_on", (POLICY,))) & mini.train[:, None]
-            if getattr(loss, "per_sequence", False):
-                out[name] = mini.train.float() / len(mini)
-            else:
-                out[name] = aggregate(mask, loss.aggregation, getattr(loss, "length", None))
+            mask = mini.acted(_acts_on(loss)) & mini.train[:, None]
+            out[name] = aggregate(mask, getattr(loss, "aggregation", "token_mean"), getattr(loss, "length", None))
         return out
 
     def ratios(self, scores: Scores, micro: Batch, metrics: dict[str, float]) -> None:

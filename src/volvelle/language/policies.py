@@ -72,6 +72,12 @@ class Policy:
         twin.module = copy.deepcopy(self.module).requires_grad_(False).eval()
         return twin
 
+    def lagged(self, run, every: int | None = None, tau: float | None = None) -> "Policy":
+        """A frozen twin that follows this policy; `.follow` is the Lagged (refresh(), update()), checkpointed under the asking part's path."""
+        twin = self.frozen_copy()
+        twin.follow = run.lagged(self.trainable, every, tau, twin.module)
+        return twin
+
     def backward(self, loss: torch.Tensor) -> None:
         self.trainable.backward(loss)
 
