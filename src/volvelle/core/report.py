@@ -345,6 +345,4 @@ def _check(arms: Sequence[ArmData]) -> None:
         for metric, (_, v) in a.curves.items():
             if np.ndim(v) != 2 or len(v) != len(a.seeds):
                 form = f"[{len(a.seeds)} seeds, T]"
-                raise UserError(
-                    f"report: curve {metric} of {a.name} has shape {list(np.shape(v))}; accepted is {form}"
-                )
+                raise UserError(f"report: curve {metric} of {a.name} has shape {list(np.shape(v))}; accepted is {form}")
