@@ -1,0 +1,116 @@
+"""Checkpoints without pickle: tensors go to safetensors, everything else to JSON.
+
+A state is a nest of dicts, lists and tuples over tensors, NumPy arrays, bytes (foreign blobs), numbers, strings,
+booleans and None. Anything else is refused by its path.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from .errors import UserError
+
+
+def _pack(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return {"$tensor": path}
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "biuf":
+            raise UserError(f"state {path!r}: an array of dtype {value.dtype} cannot be checkpointed; use numbers or booleans")
+        tensors[path] = torch.from_numpy(np.ascontiguousarray(value)).clone()
+        return {"$array": path}
+    if isinstance(value, (bytes, bytearray)):
+        tensors[path] = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.zeros(0, dtype=torch.uint8)
+        return {"$bytes": path}
+    if isinstance(value, dict):
+        if all(isinstance(k, str) and not k.startswith("$") for k in value):
+            return {k: _pack(v, f"{path}/{k}", tensors) for k, v in value.items()}
+        if all(isinstance(k, (int, str)) for k in value):
+            return {"$items": [[k, _pack(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+        raise UserError(f"state {path!r}: dictionary keys must be strings or integers")
+    if isinstance(value, tuple):
+        return {"$tuple": [_pack(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
+    if isinstance(value, list):
+        return [_pack(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
+    if isinstance(value, (np.bool_, np.integer, np.floating)):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": repr(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise UserError(f"state {path!r}: a {type(value).__name__} cannot be checkpointed; "
+                    "accepted: tensors, arrays, bytes, numbers, strings, booleans, None, and dicts, lists and tuples of these")
+
+
+def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        (key, inner), = value.items()
+        if key == "$tensor":
+            return tensors[inner]
+        if key == "$array":
+            return tensors[inner].numpy()
+        if key == "$bytes":
+            return bytes(tensors[inner].numpy().tobytes())
+        if key == "$items":
+            return {k: _unpack(v, tensors) for k, v in inner}
+        if key == "$tuple":
+            return tuple(_unpack(v, tensors) for v in inner)
+        if key == "$float":
+            return float(inner)
+    return {k: _unpack(v, tensors) for k, v in value.items()}
+
+
+def save_state(folder: Path, state: dict) -> None:
+    """Write `state` into `folder` as tensors.safetensors and state.json."""
+    tensors: dict[str, torch.Tensor] = {}
+    structure = _pack(state, "", tensors)
+    text = json.dumps(structure, allow_nan=False)
+    save_file(tensors, str(folder / "tensors.safetensors"))
+    (folder / "state.json").write_text(text, encoding="utf-8")
+
+
+def load_state(folder: Path) -> dict:
+    """Read what `save_state` wrote. Nothing is unpickled."""
+    tensors = load_file(str(folder / "tensors.safetensors"))
+    return _unpack(json.loads((folder / "state.json").read_text(encoding="utf-8")), tensors)
+
+
+def fingerprint(state: Any) -> str:
+    """A digest of a state, equal exactly when the states are bit for bit equal."""
+    import hashlib
+
+    tensors: dict[str, torch.Tensor] = {}
+    hasher = hashlib.sha256(json.dumps(_pack(state, "", tensors), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        hasher.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def encode_rng(generator: torch.Generator | np.random.Generator) -> dict:
+    if isinstance(generator, torch.Generator):
+        return {"torch": base64.b64encode(generator.get_state().numpy().tobytes()).decode()}
+    state = generator.bit_generator.state
+    return {"numpy": json.dumps(state, sort_keys=True)}
+
+
+def restore_rng(generator: torch.Generator | np.random.Generator, state: dict) -> None:
+    if isinstance(generator, torch.Generator):
+        raw = bytearray(base64.b64decode(state["torch"]))
+        generator.set_state(torch.frombuffer(raw, dtype=torch.uint8).clone())
+    else:
+        generator.bit_generator.state = json.loads(state["numpy"])

@@ -1,0 +1,209 @@
+"""The one trainer: it drives every wing's Learner and knows nothing else.
+
+It logs, evaluates, checkpoints, keeps the best, resumes exactly, and stops with a named cause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .errors import RunStopped, UserError
+from .files import directory, read_lines, write_json
+from .run import Run, RunConfig, append
+from .state import fingerprint, load_state, save_state
+from .tracking import clients, open_trackers
+
+
+class Learner(Protocol):
+    """What a recipe's `start(run)` returns. `size` (number of trained parameters) decides the default thread count."""
+
+    def step(self) -> dict[str, float]:
+        """One period; returns metrics (undefined ones left out). May leave the policy as it is."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on held-out data. Changes no state."""
+
+    def product(self) -> dict[str, Any]:
+        """What the run makes, by name ("policy", "actor", "reward"); each has `save(folder)`."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Trained:
+    """A finished run: its folder, its result (as in result.json) and its learner."""
+
+    folder: Path
+    result: dict
+    learner: Any
+
+
+SMALL = 2_000_000  # parameters below which one thread is fastest
+
+
+@contextlib.contextmanager
+def threads(count: int | None, learner: Any):
+    before = torch.get_num_threads()
+    wanted = count or (1 if getattr(learner, "size", 0) < SMALL else before)
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def start(config: RunConfig, folder: Path) -> tuple[Run, Any]:
+    """Check the configuration and start its learner; nothing is written."""
+    config.recipe.validate(config.task)
+    clients(config)
+    run = Run(config, folder)
+    run.learner = config.recipe.start(run)
+    return run, run.learner
+
+
+def train_config(config: RunConfig, folder: str | Path, resume: bool = False, progress: Callable | None = None,
+                 reporter: Callable[[str], None] | None = None) -> Trained:
+    """Train what `config` describes in `folder`. `progress(step, steps, metrics)` is called after every step."""
+    folder = Path(folder)
+    if not resume and (folder / "config.yaml").exists():
+        raise UserError(f"{folder}: holds a run already; resume it, or name another folder")
+    run, learner = start(config, folder)
+    if reporter:
+        run.reporter = reporter
+    with threads(config.threads, learner):
+        return _fit(run, learner, resume, progress or (lambda step, steps, metrics: None))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted((Path(folder) / "checkpoints").glob("step-*"))
+
+
+def load_checkpoint(run: Run, learner: Learner, path: Path) -> None:
+    state = load_state(path)
+    run.load_state_dict(state["run"])
+    learner.load_state_dict(state["learner"])
+
+
+def _state(run: Run, learner: Learner) -> dict:
+    return {"run": run.state_dict(), "learner": learner.state_dict()}
+
+
+def save_checkpoint(run: Run, learner: Learner) -> Path:
+    """Write checkpoints/step-NNNNNN and drop older ones once it is in place."""
+    if hasattr(learner, "before_checkpoint"):
+        learner.before_checkpoint()
+    path = run.folder / "checkpoints" / f"step-{run.step:06d}"
+    with directory(path) as folder:
+        save_state(folder, _state(run, learner))
+    for old in checkpoints(run.folder):
+        if old != path:
+            shutil.rmtree(old)
+    return path
+
+
+def _evaluate(run: Run, learner: Learner) -> dict[str, float]:
+    before = fingerprint(_state(run, learner)) if run.config.strict else None
+    metrics = learner.evaluate()
+    if before is not None and fingerprint(_state(run, learner)) != before:
+        raise RunStopped("evaluation changed the state of the run; it must leave parts, models and random numbers as they were")
+    return {f"eval/{k}": float(v) for k, v in metrics.items()}
+
+
+def _fit(run: Run, learner: Learner, resume: bool, progress: Callable) -> Trained:
+    config, began = run.config, time.monotonic()
+    metric = f"eval/{config.task.metric}" if config.task else None
+    last: Path | None = None
+    try:
+        if resume and checkpoints(run.folder):
+            last = checkpoints(run.folder)[-1]
+            load_checkpoint(run, learner, last)
+            run.truncate()
+        else:
+            run.begin()
+            run.truncate()
+            last = save_checkpoint(run, learner)
+            if fingerprint(load_state(last)) != fingerprint(_state(run, learner)):
+                raise RunStopped("the checkpoint written at step 0 does not read back as it was")
+            _log(run, _evaluate(run, learner))
+        with open_trackers(config, run.folder) as track:
+            while run.step < config.steps:
+                clock = time.monotonic()
+                metrics = learner.step()
+                run.step += 1
+                metrics = {k: float(v) for k, v in metrics.items()} | {"time/step": time.monotonic() - clock}
+                bad = next((k for k, v in metrics.items() if not math.isfinite(v)), None)
+                if bad:
+                    run.step -= 1
+                    raise RunStopped(f"{bad} is {metrics[bad]}")
+                done = run.step == config.steps
+                if done or (config.evaluate_every and run.step % config.evaluate_every == 0):
+                    metrics |= _evaluate(run, learner)
+                    _keep_best(run, learner, metric, metrics)
+                _log(run, metrics)
+                track(metrics, run.step)
+                if done or (config.checkpoint_every and run.step % config.checkpoint_every == 0):
+                    last = save_checkpoint(run, learner)
+                progress(run.step, config.steps, metrics)
+                if getattr(learner, "finished", False):
+                    break
+        result = _result(run, time.monotonic() - began)
+        for name, made in learner.product().items():
+            if hasattr(made, "save"):
+                with directory(run.folder / name) as folder:
+                    made.save(folder)
+        write_json(run.folder / "result.json", result)
+    except RunStopped as error:
+        with contextlib.suppress(OSError):
+            run.flush_samples()
+        raise RunStopped(f"step {run.step + 1}: {error}; last good checkpoint: {last or 'none'}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        raise RunStopped(f"step {run.step}: could not write {error.filename or run.folder}: {error.strerror}; "
+                         f"last good checkpoint: {last or 'none'}") from error
+    except Exception as error:  # safetensors reports a full disk in its own exception
+        if "No space left" in str(error):
+            raise RunStopped(f"step {run.step}: could not write below {run.folder}: no space left on device; "
+                             f"last good checkpoint: {last or 'none'}") from error
+        raise
+    return Trained(run.folder, result, learner)
+
+
+def _log(run: Run, metrics: dict[str, float]) -> None:
+    append(run.folder / "metrics.jsonl", [{"step": run.step, **metrics}])
+    run.flush_samples()
+
+
+def _keep_best(run: Run, learner: Learner, metric: str | None, metrics: dict[str, float]) -> None:
+    """Export the product to best/ when the task's metric is higher than in every earlier evaluation."""
+    earlier = [r[metric] for r in read_lines(run.folder / "metrics.jsonl") if metric in r]
+    if metric not in metrics or not earlier or metrics[metric] <= max(earlier):
+        return
+    with directory(run.folder / "best") as folder:
+        for name, made in learner.product().items():
+            if hasattr(made, "save"):
+                (folder / name).mkdir()
+                made.save(folder / name)
+        write_json(folder / "result.json", {"step": run.step, "metrics": _plain(metrics)})
+
+
+def _plain(metrics: dict[str, float]) -> dict[str, float]:
+    return {k.removeprefix("eval/"): v for k, v in metrics.items() if k.startswith("eval/")}
+
+
+def _result(run: Run, seconds: float) -> dict:
+    rows = [r for r in read_lines(run.folder / "metrics.jsonl") if any(k.startswith("eval/") for k in r)]
+    return {"method": run.config.method, "task": run.config.task.label() if run.config.task else None, "seed": run.seed, "steps": run.step,
+            "start": _plain(rows[0]), "metrics": _plain(rows[-1]), "seconds": round(seconds, 3)}
