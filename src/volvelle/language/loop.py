@@ -261,7 +261,7 @@ class LanguageLearner:
 
     def record(self, r: Rollout, split_name: str) -> dict:
         return {"split": split_name, "prompt_id": r.prompt.id, "prompt": r.prompt.text or r.prompt.messages, "response": r.text, "reward": r.reward,
-                "tokens": len(r.ids), "finish": r.finish}
+                "solved": self.task.solved(r.reward) if split_name != "train" else None, "tokens": len(r.ids), "finish": r.finish}
 
     def eval_sampling(self) -> Sampling:
         e = self.recipe.evaluation
