@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from volvelle.core.errors import RunStopped, UserError
@@ -263,38 +265,41 @@ class LanguageLearner:
         return {"split": split_name, "prompt_id": r.prompt.id, "prompt": r.prompt.text or r.prompt.messages, "response": r.text, "reward": r.reward,
                 "solved": self.task.solved(r.reward) if split_name != "train" else None, "tokens": len(r.ids), "finish": r.finish}
 
-    def eval_sampling(self) -> Sampling:
-        e = self.recipe.evaluation
-        plain = getattr(self.sampler, "sampling", None) or Sampling(max_tokens=self.task.max_tokens, stop=self.task.stop)
-        return Sampling(e.temperature, 0, e.top_p, 0.0, plain.max_tokens, plain.stop)
-
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, task=None) -> dict[str, float]:
         """pass@k with the 95 % interval of pass@1 over prompts, mean score and length on held-out prompts. Changes no state."""
-        e = self.recipe.evaluation
-        if hasattr(self.task, "exact_pass_at_k") and hasattr(self.policy, "leaf_probabilities"):
-            return self.task.exact_pass_at_k(self.policy.leaf_probabilities(), e.ks)
-        prompts = self.task.split(e.split)[: e.prompts]
-        seed = int.from_bytes(hashlib.sha256(f"{self.run.seed}/evaluation".encode()).digest()[:7], "little")
-        rng = torch.Generator().manual_seed(seed)
-        rollouts = self.eval_rollouts(prompts, e.samples, rng)
-        scores = torch.tensor([self.task.score(r.prompt, r.text) for r in rollouts]).reshape(len(prompts), e.samples)
-        solved = torch.tensor([[self.task.solved(v) for v in row] for row in scores.tolist()]).sum(1).numpy()
+        e, task = self.recipe.evaluation, task or self.task
+        if hasattr(task, "exact_pass_at_k") and hasattr(self.policy, "leaf_probabilities"):
+            return task.exact_pass_at_k(self.policy.leaf_probabilities(), e.ks)
+        prompts = task.split(e.split)[: e.prompts]
+        rollouts = self.eval_rollouts(task, prompts)
+        scores = [task.score(r.prompt, r.text) for r in rollouts]
+        solved = np.array([task.solved(v) for v in scores]).reshape(len(prompts), e.samples).sum(1)
         out = {f"pass@{k}": float(pass_at_k(e.samples, solved, k).mean()) for k in e.ks}
         if len(prompts) > 1:
             interval = mean_interval(solved / e.samples)
             out |= {"pass@1_low": interval.low, "pass@1_high": interval.high}
-        out |= {"score": float(scores.mean()), "length": sum(len(r.ids) for r in rollouts) / len(rollouts)}
-        for r, s in zip(rollouts, scores.flatten().tolist()):
+        out |= {"score": sum(scores) / len(scores), "length": sum(len(r.ids) for r in rollouts) / len(rollouts)}
+        for r, s in zip(rollouts, scores):
             r.reward = s
         self.run.sample([self.record(r, e.split) for r in rollouts[:: e.samples][: e.log * 2]])
         return out
 
-    def eval_rollouts(self, prompts: list[Prompt], samples: int, rng: torch.Generator) -> list[Rollout]:
-        out = []
-        size = max(1, 256 // samples)
+    def eval_rollouts(self, task, prompts: list[Prompt]) -> list[Rollout]:
+        """`evaluation.samples` responses to each prompt, the same random numbers at every evaluation of a run."""
+        e, plain = self.recipe.evaluation, getattr(self.sampler, "sampling", None)
+        cap = plain.max_tokens if plain and task == self.task else task.max_tokens
+        sampling = Sampling(e.temperature, 0, e.top_p, 0.0, cap, plain.stop if plain and task == self.task else task.stop)
+        seed = int.from_bytes(hashlib.sha256(f"{self.run.seed}/evaluation".encode()).digest()[:7], "little")
+        rng, size, out = torch.Generator().manual_seed(seed), max(1, 256 // e.samples), []
         for i in range(0, len(prompts), size):
-            out += generate(self.policy, prompts[i:i + size], samples, self.eval_sampling(), rng)
+            out += generate(self.policy, prompts[i:i + size], e.samples, sampling, rng)
         return out
+
+    def evaluate_as(self, config, weights: Path | None = None) -> None:
+        """Evaluate from now on as another configuration says (task, evaluation part), with the exported weights if given."""
+        self.task, self.recipe = config.task, config.recipe
+        if weights is not None:
+            self.policy.read(weights / "policy")
 
     def product(self):
         return {"policy": self.policy}

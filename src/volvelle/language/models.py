@@ -188,18 +188,24 @@ class Tiny(Model):
 
 @part("tabular")
 class Tabular(Model):
-    """A table of logits over prefixes for the prompt-tree tasks: Gaussian initial logits of deviation `scale`."""
+    """A table of logits over prefixes for the prompt-tree tasks: Gaussian initial logits of deviation `scale`, or those saved in `path`."""
 
     scale: Annotated[float, Field(ge=0)] = 1.0
+    path: str = ""
 
     def load(self, run) -> Policy:
         task = run.config.task
         if not hasattr(task, "exact_pass_at_k"):
             raise UserError(f"model tabular fits the prompt-tree tasks only, not {task.label()!r}")
-        return TabularPolicy(len(task.split("train")), task.vocabulary, task.depth, self.scale, run.torch_rng("initial weights"))
+        policy = TabularPolicy(len(task.split("train")), task.vocabulary, task.depth, self.scale, run.torch_rng("initial weights"))
+        if self.path:
+            policy.read(Path(self.path))
+        return policy
 
 
 def _folder(text: str) -> Model | None:
+    if (Path(text) / "table.safetensors").is_file():
+        return Tabular(path=text)
     return Pretrained(text) if ("/" in text or Path(text).is_dir()) else None
 
 

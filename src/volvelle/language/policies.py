@@ -90,6 +90,9 @@ class Policy:
 
     def save(self, folder: Path) -> None: ...
 
+    def read(self, folder: Path) -> None:
+        """Take over the weights that `save` wrote."""
+
 
 def body_of(model) -> torch.nn.Module:
     """The part of a transformers model that makes hidden states."""
@@ -238,6 +241,17 @@ class CausalPolicy(Policy):
             model = copy.deepcopy(model).merge_and_unload()
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+    def read(self, folder):
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+        from transformers import AutoModelForCausalLM
+
+        if hasattr(self.module, "merge_and_unload"):
+            set_peft_model_state_dict(self.module, load_file(Path(folder) / "adapter" / "adapter_model.safetensors"))
+        else:
+            self.model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
 
 
 class _WithoutAdapter(Policy):
