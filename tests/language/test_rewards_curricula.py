@@ -102,8 +102,10 @@ def test_mix_takes_functions_nested_mixtures_and_schedules(tmp_path):
     live = made.start("reward", mix)
     scores, total = rewarded(live, [rollout("5"), rollout("6")], step=5)
     assert set(scores) == {"inner/a", "inner/b", "f"} and total.tolist() == [1.0 + 0.5 + 0.25, 0.0]
-    fresh = made.start("again", mix)
-    assert fresh.total(scores, {}, 5).tolist() == total.tolist()  # stored scores can be weighed again without scoring
+    again = run(tmp_path, reward=mix)
+    fresh = again.start("reward", mix)
+    resumed(made, again, tmp_path / "state")
+    assert fresh.total(scores, {}, 5).tolist() == total.tolist()  # stored scores can be weighed again after a resume
 
 
 def test_mix_round_trips_and_refuses():
@@ -115,7 +117,7 @@ def test_mix_round_trips_and_refuses():
         rewards.Mix(parts={"a/b": "verifier"})
     with pytest.raises(UserError, match="unknown reward part 'verifer'.*did you mean verifier"):
         rewards.Mix(parts={"a": "verifer"})
-    with pytest.raises(UserError, match="parts.a.weight='x'"):
+    with pytest.raises(UserError, match="reward.parts.a.weight"):
         LanguageRecipe().override("reward=mix", "reward.parts.a=verifier", "reward.parts.a.weight=x")
 
 

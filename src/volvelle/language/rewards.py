@@ -52,7 +52,7 @@ class LiveVerifier:
         return each("verifier", rollouts, lambda r: self.task.score(r.prompt, r.text))
 
     def total(self, scores, meta, step):
-        return scores["verifier"]
+        return sum(scores.values())
 
 
 @part("math")
@@ -173,7 +173,7 @@ class Mix(Reward):
 
 
 class LiveMix:
-    """scores are named by their part, or `part/score` where a part gives several."""
+    """Scores are named by their part, or `part/score` where a part gives several. State: which names belong to which part."""
 
     def __init__(self, description: Mix, live: dict[str, Any]):
         self.weights = {name: w.weight for name, w in description.parts.items()}
@@ -191,6 +191,12 @@ class LiveMix:
     def total(self, scores, meta, step):
         total = 0.0
         for part_name, reward in self.live.items():
-            own = self.names.get(part_name) or {k: k.removeprefix(f"{part_name}/") for k in scores if k.partition("/")[0] == part_name}
-            total = total + at(self.weights[part_name], step) * reward.total({k: scores[logged] for logged, k in own.items()}, meta, step)
+            own = {k: scores[logged] for logged, k in self.names[part_name].items()}
+            total = total + at(self.weights[part_name], step) * reward.total(own, meta, step)
         return total
+
+    def state_dict(self):
+        return {"names": self.names}
+
+    def load_state_dict(self, state):
+        self.names = state["names"]
