@@ -72,7 +72,7 @@ def test_same_data_same_bytes_in_another_process_and_without_pyplot():
 
 def test_users_matplotlib_settings_neither_matter_nor_change():
     want = charts()
-    with mpl.rc_context({"lines.linewidth": 9, "font.size": 30, "svg.fonttype": "path"}):
+    with mpl.rc_context({"lines.linewidth": 9, "xtick.labelsize": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
         before = dict(mpl.rcParams)
         assert charts() == want
         assert dict(mpl.rcParams) == before
@@ -83,10 +83,17 @@ def test_learning_curves_draw_the_mean_and_a_band_only_over_seeds():
     three = plots.learning_curves({"a": (STEPS, VALUES)}, metric="m", rng=rng())
     assert one.count("fill-opacity") == 0 and three.count("fill-opacity") == 1
     assert one.count(f"stroke: {plots.COLOURS[0].lower()}") == three.count(f"stroke: {plots.COLOURS[0].lower()}") == 1
-    flat = plots.learning_curves({"a": (STEPS, [[1, 1, 1, 1, 1], [3, 3, 3, 3, 3]])}, metric="m", rng=rng())
-    line = next(d for d in flat.split('d="')[1:] if "fill: none; stroke: #0072b2" in d)
-    heights = {word for word in line.split('"')[0].replace("M", "").replace("L", "").split()[1::2]}
-    assert len(heights) == 1
+    same = plots.learning_curves({"a": (STEPS, VALUES[:1]), "b": (STEPS, VALUES[[0, 0]])}, metric="m", rng=rng())
+    assert line(same) == line(same, 1) and line(one) != line(three)
+    heights = line(one)[1::2]
+    assert np.diff(heights) == pytest.approx([np.diff(heights)[0]] * 4) and heights[0] > heights[-1]  # 0, 1, 2, 3, 4
+
+
+def line(svg, arm=0):
+    """x, y, x, y, ... of one arm's line."""
+    stroke = f"fill: none; stroke: {plots.COLOURS[arm].lower()}"
+    path = next(e for e in ElementTree.fromstring(svg).iter() if stroke in e.get("style", ""))
+    return [float(word) for word in path.get("d").replace("M", "").replace("L", "").split()]
 
 
 def test_learning_curves_label_arms_unit_and_axis():
@@ -116,6 +123,9 @@ def test_rows_say_their_numbers():
 def test_heat_map_says_values_and_missing_ones():
     said = texts(plots.heat_map([[1, 2.5], [math.nan, -4]], ["a", "b"], ["c", "d"], value="payoff", x="to", y="from"))
     assert {"1.00", "2.50", "–", "−4.00", "a", "d", "payoff", "to", "from"} <= set(said)
+    root = ElementTree.fromstring(plots.heat_map([[1], [2]], ["upper", "lower"], ["c"], value="v"))
+    at = {e.text: float(e.get("y")) for e in root.iter() if e.text in ("upper", "lower", "1.00", "2.00") and e.get("y")}
+    assert at["upper"] < at["lower"] and at["1.00"] < at["2.00"]
     assert texts(plots.heat_map([[2, 2]], ["a"], ["c", "d"], value="v")).count("2.00") >= 2
 
 

@@ -1,6 +1,7 @@
 """The page: what it says, that it needs nothing from outside, that text stays text, that writing is all or nothing."""
 
 import dataclasses
+import os
 import re
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -182,6 +183,12 @@ def test_what_is_left_out_is_counted():
     assert "prompt 2" in text and "prompt 3" not in text and "text 2" not in text
 
 
+def test_prompts_that_more_arms_answered_come_first():
+    alone, shared = Sample("alone", "x"), Sample("shared", "y")
+    text = words(page([arm("a", samples=[alone, shared]), arm("b", samples=[shared])], prompts=1))
+    assert "1 of 2 prompts" in text and "shared" in text and "alone" not in text
+
+
 def test_differing_fields_are_named():
     a, b = two()
     b = dataclasses.replace(
@@ -207,6 +214,9 @@ def test_writing_is_all_or_nothing(tmp_path):
     path = tmp_path / "new" / "report.html"
     assert write_report(path, "A title", two()) == path
     assert path.read_text(encoding="utf-8") == page() and [p.name for p in path.parent.iterdir()] == ["report.html"]
+    os.link(path, tmp_path / "kept")
+    write_report(path, "Another title", two())
+    assert (tmp_path / "kept").read_text(encoding="utf-8") == page()  # replaced by a rename, never written over
     path.write_text("old")
     with pytest.raises(UserError):
         write_report(path, "A title", [])
@@ -214,7 +224,7 @@ def test_writing_is_all_or_nothing(tmp_path):
     taken.mkdir()
     with pytest.raises(OSError):  # the rename fails: the temporary file goes
         write_report(taken, "A title", two())
-    assert path.read_text() == "old" and {p.name for p in tmp_path.iterdir()} == {"new", "folder.html"}
+    assert path.read_text() == "old" and {p.name for p in tmp_path.iterdir()} == {"new", "folder.html", "kept"}
 
 
 def test_template_is_in_the_package():

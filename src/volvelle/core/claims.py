@@ -108,7 +108,7 @@ def run_claim(name: str, claim: Claim, folder: str | Path, scale: str = "cpu", b
         comparison = compare_arms(arms, seeds, folder, backend, workers, progress)
     outcomes = [verdict(text, comparison.values) for text in claim.expects]
     settled = combine(outcomes)
-    report = comparison.write(f"{name}: {claim.says}", _reported(claim, comparison), claim.says, outcomes)
+    report = comparison.write(name, _reported(claim, comparison), claim.says, outcomes)
     return Reproduction(settled, outcomes, comparison, _record(name, claim, scale, settled, outcomes, comparison), report)
 
 

@@ -67,7 +67,7 @@ class Comparison:
         """The last evaluated completions of the first seed."""
         rows = [r for r in read_lines(self.run_folder(arm, self.seeds[0]) / "samples.jsonl") if r.get("split") != "train"]
         last = max((r["step"] for r in rows), default=0)
-        return [Sample(_text(r["prompt"]), r["response"], r["reward"] >= 1.0, r["reward"]) for r in rows if r["step"] == last]
+        return [Sample(_text(r["prompt"]), r["response"], r.get("solved"), r["reward"]) for r in rows if r["step"] == last]
 
     def write(self, title: str, metrics: Sequence[str] | None = None, says: str | None = None, outcomes: Sequence[Outcome] = ()) -> Path:
         """report.html in the comparison's folder. metrics: those of the final table (all when not given)."""

@@ -48,7 +48,7 @@ class Part:
 
     def __post_init__(self):
         for name, annotation in annotations_of(type(self)).items():
-            object.__setattr__(self, name, coerce(annotation, getattr(self, name), name, type(self)))
+            object.__setattr__(self, name, coerce(annotation, getattr(self, name), name))
 
     def __eq__(self, other):
         return isinstance(other, Part) and type(self) is type(other) and self.digest == other.digest
@@ -113,7 +113,7 @@ def part(name: str):
     def wrap(cls):
         cls = dataclass(frozen=True, eq=False)(cls)
         cls.part_name = name
-        stray = (cls.needs | cls.gives) - NEEDS
+        stray = {word for words in (cls.needs, cls.gives) if isinstance(words, frozenset) for word in words} - NEEDS
         if stray:
             raise TypeError(f"{cls.__name__}: {sorted(stray)} are not in the vocabulary of needs")
         registry.add_part(slot_of(cls), name, cls)
@@ -188,15 +188,15 @@ def describe(annotation: Any) -> str:
     return " or ".join(words)
 
 
-def coerce(annotation: Any, value: Any, path: str, owner: type | None = None) -> Any:
+def coerce(annotation: Any, value: Any, path: str) -> Any:
     """`value` as the annotation wants it: parts from names or functions, numbers from text. UserError names the path."""
     members = _members(annotation)
     slots = slots_in(annotation)
     if isinstance(value, str) and type(None) in members and value.lower() in ("none", "null"):
         return None
     if isinstance(value, Part) and slots:
-        if any(isinstance(value, s) for s in slots) or (isinstance(value, Call) and any(s.call for s in slots)):
-            return value.bound(next(s for s in slots if s.call)) if isinstance(value, Call) else value
+        if any(isinstance(value, s) for s in slots) or (isinstance(value, Call) and any(s.call is not None for s in slots)):
+            return value.bound(next(s for s in slots if s.call is not None)) if isinstance(value, Call) else value
         raise UserError(f"{path}: a {type(value).slot} part ({value.part_name}) does not fit; expected {describe(annotation)}")
     if slots:
         plain = [m for m in members if m not in slots]
@@ -204,7 +204,7 @@ def coerce(annotation: Any, value: Any, path: str, owner: type | None = None) ->
             return from_config(annotation, value, path)
         if callable(value) and not isinstance(value, type):
             for s in slots:
-                if s.call:
+                if s.call is not None:
                     return Call(value).bound(s)
         if plain and not (plain == [type(None)] and value is not None):
             try:
@@ -354,7 +354,7 @@ def from_config(annotation: Any, data: Any, path: str = "") -> Any:
 def build(slots: list[type], name: str, values: Mapping[str, Any], path: str) -> Part:
     """The part called `name` in one of the slots, with some of its fields given."""
     found = next((registry.table(s)[name] for s in slots if name in registry.table(s)), None)
-    if found is None and ":" in name and (callable_slot := next((s for s in slots if s.call), None)):
+    if found is None and ":" in name and (callable_slot := next((s for s in slots if s.call is not None), None)):
         return Call(name, dict(values)).bound(callable_slot)
     if found is None:
         reader = next((s for s in slots if hasattr(s, "from_text")), None)
@@ -380,7 +380,7 @@ def _no_part(slots: list[type], name: str, path: str) -> UserError:
     elsewhere = sorted({s.slot for s, table in registry.parts.items() if name in table})
     names = {n for s in slots for n in registry.table(s)}
     where = f" for {path}" + (f" ({name!r} is a {' and a '.join(elsewhere)} part)" if elsewhere else "")
-    extra = ["module:function"] if any(s.call for s in slots) else []
+    extra = ["module:function"] if any(s.call is not None for s in slots) else []
     return unknown(f"{slots[0].slot} part", name, [*names, *extra], where)
 
 

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from volvelle.core import plots
 from volvelle.core.errors import UserError
+from volvelle.core.files import to_yaml, write_text
 from volvelle.core.plots import Curve, number, places, with_interval
 from volvelle.core.statistics import Expectation, Interval, Outcome, combine, mean_interval, paired
 
@@ -50,19 +51,7 @@ class ArmData:
 
 def write_report(path: str | os.PathLike, title: str, arms: Sequence[ArmData], **what) -> Path:
     """Write `render_report(title, arms, **what)` to `path`: under a temporary name, then renamed. Returns the path."""
-    text = render_report(title, arms, **what)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_text(path, render_report(title, arms, **what))
 
 
 def render_report(
@@ -294,7 +283,7 @@ def _completion(s: Sample) -> dict[str, str]:
 
 def _yaml(arm: ArmData) -> str:
     try:
-        return yaml.safe_dump(dict(arm.config), sort_keys=False, allow_unicode=True, width=100)
+        return to_yaml(dict(arm.config))
     except yaml.YAMLError as e:
         raise UserError(
             f"report: config of {arm.name} holds more than plain values: {' '.join(str(e).split())}"
@@ -345,6 +334,4 @@ def _check(arms: Sequence[ArmData]) -> None:
         for metric, (_, v) in a.curves.items():
             if np.ndim(v) != 2 or len(v) != len(a.seeds):
                 form = f"[{len(a.seeds)} seeds, T]"
-                raise UserError(
-                    f"report: curve {metric} of {a.name} has shape {list(np.shape(v))}; accepted is {form}"
-                )
+                raise UserError(f"report: curve {metric} of {a.name} has shape {list(np.shape(v))}; accepted is {form}")

@@ -42,6 +42,8 @@ def configure(method: str | Recipe, task: str | Task | None = None, model: str |
     model = coerce(Model | None, model, "model")
     if model is None and task is not None and getattr(task, "default_model", None) is not None:
         model = coerce(Model, task.default_model, "model")
+    if hasattr(recipe, "total_steps"):
+        options.setdefault("steps", recipe.total_steps)
     config = RunConfig(recipe=recipe, task=task, model=model, method=name, **options)
     grouped: dict[str, Any] = {}
     for path, value in paths.items():
@@ -123,7 +125,6 @@ def evaluate(what: str | Path, task=None, *, overrides=(), allow_code: Sequence[
                 learner.evaluate_as(new, folder / "best" if best else None)
             else:
                 raise UserError(f"a run of the {config.recipe.wing} wing is evaluated as it was trained; leave out task, best and overrides")
-        run.config = new
         with threads(config.threads, learner):
             return learner.evaluate()
     if task is None:

@@ -25,17 +25,17 @@ def make_batch(policy, rollouts: list[Rollout], step: int, device="cpu") -> Batc
         prompt_mask[i, longest - len(ids):] = True
     n, t = len(rollouts), max(1, max(len(r.ids) for r in rollouts))
 
+    held = torch.arange(t)[None] < torch.tensor([len(r.ids) for r in rollouts])[:, None]
+
     def block(values, dtype, fill=0):
-        out = torch.full((n, t), fill, dtype=dtype)
-        for i, v in enumerate(values):
-            out[i, : len(v)] = torch.as_tensor(v, dtype=dtype)
-        return out
+        flat = torch.cat(values).to(dtype) if isinstance(values[0], torch.Tensor) else torch.tensor([x for v in values for x in v], dtype=dtype)
+        return torch.full((n, t), fill, dtype=dtype).masked_scatter_(held, flat)
 
     meta = {}
     for key in sorted({k for r in rollouts for k in r.meta}):
         column = [r.meta.get(key, 0.0) for r in rollouts]
         if any(isinstance(v, (list, torch.Tensor)) for v in column):
-            meta[key] = block([v if isinstance(v, (list, torch.Tensor)) else [v] * len(r.ids) for v, r in zip(column, rollouts)], torch.float32)
+            meta[key] = block([torch.as_tensor(v, dtype=torch.float32).expand(len(r.ids)) for v, r in zip(column, rollouts)], torch.float32)
         elif all(isinstance(v, (bool, int, float)) for v in column):
             meta[key] = torch.tensor([float(v) for v in column])
     meta["length"] = torch.tensor([float(len(r.ids)) for r in rollouts])

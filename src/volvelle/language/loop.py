@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from volvelle.core.errors import RunStopped, UserError
@@ -17,9 +19,17 @@ from volvelle.core.statistics import mean_interval, pass_at_k
 from .batching import make_batch, minibatches, split
 from .objectives import aggregate
 from .recipe import LanguageRecipe
-from .records import PAD, POLICY, Batch, Prompt, Rollout, Scores
+from .records import POLICY, Batch, Prompt, Rollout, Scores
 from .sampling import Sampling, generate
 from .slots import finite
+
+
+def _acts_on(loss) -> tuple[int, ...]:
+    return getattr(loss, "acts_on", (POLICY,))
+
+
+def _plain(values) -> list:
+    return values.tolist() if isinstance(values, torch.Tensor) else list(values)
 
 
 class LanguageLearner:
@@ -96,7 +106,7 @@ class LanguageLearner:
         for name, values in scores.items():
             if len(values) != len(rollouts):
                 raise RunStopped(f"reward {name!r} returned {len(values)} values for {len(rollouts)} responses")
-            for r, v in zip(rollouts, values):
+            for r, v in zip(rollouts, _plain(values)):
                 r.scores[name] = finite(v, f"reward {name!r} on prompt {r.prompt.id!r}")
         self.total(rollouts)
 
@@ -107,7 +117,7 @@ class LanguageLearner:
         total = self.reward.total(scores, {"rollouts": rollouts}, self.run.step)
         if getattr(total, "shape", None) != (len(rollouts),):
             raise RunStopped(f"the total reward has shape {tuple(getattr(total, 'shape', ()))}; expected ({len(rollouts)},)")
-        for r, v in zip(rollouts, total):
+        for r, v in zip(rollouts, _plain(total)):
             r.reward = finite(v, f"the total reward of prompt {r.prompt.id!r}")
 
     def sift(self, rollouts: list[Rollout]) -> list[Rollout]:
@@ -129,7 +139,7 @@ class LanguageLearner:
         needs, roles = self.recipe.needs, self.roles()
         keep = batch.acted(roles)
         if "old" in needs:
-            stats = frozenset({"mean_logp", "entropy"}) & needs & self.recipe.loss_needs if self.old_statistics else frozenset()
+            stats = frozenset().union(*(getattr(o, "old_needs", ()) for o in self.recipe.losses().values()))
             inexact = ~batch.exact | (keep & ~batch.acted((POLICY,))).any(1)
             if stats or inexact.all():
                 batch.old = self.score_in_parts(self.policy, batch, keep, stats)
@@ -141,15 +151,13 @@ class LanguageLearner:
                     found = self.score_in_parts(self.policy, part, part.acted(roles))
                     batch.old.logps[rows, : found.logps.shape[1]] = found.logps
         if "reference" in needs:
-            batch.reference = self.score_in_parts(self.run.reference(), batch, keep, frozenset({"mean_logp"}) & self.recipe.loss_needs)
+            batch.reference = self.score_in_parts(self.run.reference(), batch, keep)
         if self.critic is not None:
             batch.values = self.critic.values(batch)
 
-    old_statistics = False
-
     def roles(self) -> tuple[int, ...]:
         """Roles of tokens that some loss acts on, policy tokens always among them."""
-        return tuple(sorted({POLICY}.union(*(o.acts_on for o in self.losses.values()))))
+        return tuple(sorted({POLICY}.union(*(_acts_on(o) for o in self.recipe.losses().values()))))
 
     def score_in_parts(self, policy, batch: Batch, keep: torch.Tensor, needs: frozenset[str] = frozenset()) -> Scores:
         """Scores of a whole batch without gradient, in micro-batches."""
@@ -194,8 +202,7 @@ class LanguageLearner:
             a = mini.advantages
             mini.advantages = (a - a.mean()) / (a.std() + 1e-8)
         weights = self.weights(mini)
-        keep = torch.stack([w if w.ndim == 2 else w[:, None] * mini.acted(self.losses[n].acts_on)
-                            for n, w in weights.items()]).abs().sum(0) > 0
+        keep = torch.stack([w > 0 for w in weights.values()]).any(0)
         metrics: dict[str, float] = defaultdict(float)
         for rows in split(mini, self.recipe.updates.micro_tokens, "groups" in self.recipe.loss_needs):
             micro = mini.select(rows)
@@ -204,7 +211,7 @@ class LanguageLearner:
             total = 0.0
             for name, weight in weights.items():
                 matrix = self.kl.loss(scores, micro) if name == "kl" else self.losses[name](scores, micro)
-                w = weight[rows] if weight.ndim == 1 else weight[rows][:, :width]
+                w = micro.train / len(mini) if matrix.ndim == 1 else weight[rows][:, :width]
                 value = torch.where(w != 0, matrix * w, 0.0).sum()
                 total = total + value
                 metrics["loss" if name == "objective" else f"loss/{name}"] += float(value.detach())
@@ -216,15 +223,12 @@ class LanguageLearner:
         return dict(metrics)
 
     def weights(self, mini: Batch) -> dict[str, torch.Tensor]:
-        """Aggregation as weights, [N, T] for token losses and [N] for sequence losses; muted rows weigh nothing."""
+        """Aggregation as weights [N, T]; muted rows weigh nothing. A loss of one number per response is averaged over responses instead."""
         out = {}
-        losses = dict(self.losses) | ({"kl": self.kl.part} if self.kl is not None and self.kl.part.place == "loss" else {})
+        losses = self.recipe.losses() | ({"kl": self.kl.part} if self.kl is not None and self.kl.part.place == "loss" else {})
         for name, loss in losses.items():
-            mask = mini.acted(getattr(loss, "acts_on", (POLICY,))) & mini.train[:, None]
-            if getattr(loss, "per_sequence", False):
-                out[name] = mini.train.float() / len(mini)
-            else:
-                out[name] = aggregate(mask, loss.aggregation, getattr(loss, "length", None))
+            mask = mini.acted(_acts_on(loss)) & mini.train[:, None]
+            out[name] = aggregate(mask, getattr(loss, "aggregation", "token_mean"), getattr(loss, "length", None))
         return out
 
     def ratios(self, scores: Scores, micro: Batch, metrics: dict[str, float]) -> None:
@@ -259,40 +263,43 @@ class LanguageLearner:
 
     def record(self, r: Rollout, split_name: str) -> dict:
         return {"split": split_name, "prompt_id": r.prompt.id, "prompt": r.prompt.text or r.prompt.messages, "response": r.text, "reward": r.reward,
-                "tokens": len(r.ids), "finish": r.finish}
+                "solved": self.task.solved(r.reward) if split_name != "train" else None, "tokens": len(r.ids), "finish": r.finish}
 
-    def eval_sampling(self) -> Sampling:
-        e = self.recipe.evaluation
-        plain = getattr(self.sampler, "sampling", None) or Sampling(max_tokens=self.task.max_tokens, stop=self.task.stop)
-        return Sampling(e.temperature, 0, e.top_p, 0.0, plain.max_tokens, plain.stop)
-
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, task=None) -> dict[str, float]:
         """pass@k with the 95 % interval of pass@1 over prompts, mean score and length on held-out prompts. Changes no state."""
-        e = self.recipe.evaluation
-        if hasattr(self.task, "exact_pass_at_k") and hasattr(self.policy, "leaf_probabilities"):
-            return self.task.exact_pass_at_k(self.policy.leaf_probabilities(), e.ks)
-        prompts = self.task.split(e.split)[: e.prompts]
-        seed = int.from_bytes(hashlib.sha256(f"{self.run.seed}/evaluation".encode()).digest()[:7], "little")
-        rng = torch.Generator().manual_seed(seed)
-        rollouts = self.eval_rollouts(prompts, e.samples, rng)
-        scores = torch.tensor([self.task.score(r.prompt, r.text) for r in rollouts]).reshape(len(prompts), e.samples)
-        solved = torch.tensor([[self.task.solved(v) for v in row] for row in scores.tolist()]).sum(1).numpy()
+        e, task = self.recipe.evaluation, task or self.task
+        if hasattr(task, "exact_pass_at_k") and hasattr(self.policy, "leaf_probabilities"):
+            return task.exact_pass_at_k(self.policy.leaf_probabilities(), e.ks)
+        prompts = task.split(e.split)[: e.prompts]
+        rollouts = self.eval_rollouts(task, prompts)
+        scores = [task.score(r.prompt, r.text) for r in rollouts]
+        solved = np.array([task.solved(v) for v in scores]).reshape(len(prompts), e.samples).sum(1)
         out = {f"pass@{k}": float(pass_at_k(e.samples, solved, k).mean()) for k in e.ks}
         if len(prompts) > 1:
             interval = mean_interval(solved / e.samples)
             out |= {"pass@1_low": interval.low, "pass@1_high": interval.high}
-        out |= {"score": float(scores.mean()), "length": sum(len(r.ids) for r in rollouts) / len(rollouts)}
-        for r, s in zip(rollouts, scores.flatten().tolist()):
+        out |= {"score": sum(scores) / len(scores), "length": sum(len(r.ids) for r in rollouts) / len(rollouts)}
+        for r, s in zip(rollouts, scores):
             r.reward = s
         self.run.sample([self.record(r, e.split) for r in rollouts[:: e.samples][: e.log * 2]])
         return out
 
-    def eval_rollouts(self, prompts: list[Prompt], samples: int, rng: torch.Generator) -> list[Rollout]:
-        out = []
-        size = max(1, 256 // samples)
+    def eval_rollouts(self, task, prompts: list[Prompt]) -> list[Rollout]:
+        """`evaluation.samples` responses to each prompt, the same random numbers at every evaluation of a run."""
+        e, plain = self.recipe.evaluation, getattr(self.sampler, "sampling", None)
+        cap = plain.max_tokens if plain and task == self.task else task.max_tokens
+        sampling = Sampling(e.temperature, 0, e.top_p, 0.0, cap, plain.stop if plain and task == self.task else task.stop)
+        seed = int.from_bytes(hashlib.sha256(f"{self.run.seed}/evaluation".encode()).digest()[:7], "little")
+        rng, size, out = torch.Generator().manual_seed(seed), max(1, 256 // e.samples), []
         for i in range(0, len(prompts), size):
-            out += generate(self.policy, prompts[i:i + size], samples, self.eval_sampling(), rng)
+            out += generate(self.policy, prompts[i:i + size], e.samples, sampling, rng)
         return out
+
+    def evaluate_as(self, config, weights: Path | None = None) -> None:
+        """Evaluate from now on as another configuration says (task, evaluation part), with the exported weights if given."""
+        self.task, self.recipe = config.task, config.recipe
+        if weights is not None:
+            self.policy.read(weights / "policy")
 
     def product(self):
         return {"policy": self.policy}

@@ -133,8 +133,6 @@ class SequenceClipped(Objective):
 
     clip_low: AtLeast0 = 0.2
     clip_high: AtLeast0 = 0.2
-    aggregation: Aggregation = "sequence_sum"
-    length: Annotated[int, Field(gt=0)] | None = None
     needs = frozenset({"old", "advantages"})
 
     def __call__(self, scores, batch):

@@ -72,6 +72,12 @@ class Policy:
         twin.module = copy.deepcopy(self.module).requires_grad_(False).eval()
         return twin
 
+    def lagged(self, run, every: int | None = None, tau: float | None = None) -> "Policy":
+        """A frozen twin that follows this policy; `.follow` is the Lagged (refresh(), update()), checkpointed under the asking part's path."""
+        twin = self.frozen_copy()
+        twin.follow = run.lagged(self.trainable, every, tau, twin.module)
+        return twin
+
     def backward(self, loss: torch.Tensor) -> None:
         self.trainable.backward(loss)
 
@@ -83,6 +89,9 @@ class Policy:
         return sum(p.numel() for p in self.module.parameters())
 
     def save(self, folder: Path) -> None: ...
+
+    def read(self, folder: Path) -> None:
+        """Take over the weights that `save` wrote."""
 
 
 def body_of(model) -> torch.nn.Module:
@@ -232,6 +241,17 @@ class CausalPolicy(Policy):
             model = copy.deepcopy(model).merge_and_unload()
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+    def read(self, folder):
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+        from transformers import AutoModelForCausalLM
+
+        if hasattr(self.module, "merge_and_unload"):
+            set_peft_model_state_dict(self.module, load_file(Path(folder) / "adapter" / "adapter_model.safetensors"))
+        else:
+            self.model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
 
 
 class _WithoutAdapter(Policy):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from volvelle.core.errors import RunStopped
 
@@ -96,6 +96,10 @@ class TabularPolicy(Policy):
 
     def save(self, folder: Path) -> None:
         save_file({"table": self.module.table.detach().cpu().contiguous()}, str(Path(folder) / "table.safetensors"))
+
+    def read(self, folder: Path) -> None:
+        with torch.no_grad():
+            self.module.table.copy_(load_file(str(Path(folder) / "table.safetensors"))["table"])
 
 
 class _TabularValues(torch.nn.Module):

@@ -80,6 +80,15 @@ w_reinforce = preset("w-reinforce", SignedReturn(0.1, 1.0))
 asymmetric = preset("ngrpo", Clipped(clip_low=0.16, clip_high=0.24))
 drop_all_correct = preset("ngrpo", Drop(which="correct"))
 
-ngrpo_recipe = LanguageRecipe(advantage=Calibrated(), objective=asymmetric, filter=drop_all_correct)
+ngrpo_parts = dict(advantage=Calibrated(), objective=asymmetric)
+tree = dict(prompts=128, updates=Updates(optimiser=Adam(lr=0.05), minibatch=64), evaluation=Evaluation(samples=256, ks=(1, 4, 16, 64, 256)))
 
-_small = dict(prompts=128, updates=Updates(optimiser=Adam(lr=0.05), minibatch=64), evaluation=Evaluation(samples=256, ks=(1, 4, 16, 64, 256)))
+claim = Claim(
+    says="learns from groups in which every answer is wrong: more of the hardest prompts get solved from the same number of samples",
+    arms={"grpo": grpo(**tree), "dapo-clip": grpo(**tree, objective=Clipped(0.2, 0.28)),
+          "ngrpo": grpo(**tree, **ngrpo_parts, filter=Drop(which="correct", refill=False))},
+    task="tree", model="tabular", steps=100, seeds=5, minutes=3,
+    expects=("ngrpo > grpo on solved", "ngrpo > grpo on pass@256"))
+
+ngrpo = method("ngrpo", LanguageRecipe(**ngrpo_parts, filter=drop_all_correct), title="Credit for groups in which every answer is wrong",
+               source="arXiv 2509.18851", claim=claim)
