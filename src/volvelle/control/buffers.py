@@ -5,7 +5,7 @@ Blocks are [S, T, N, ...] (seeds, time, environments). NumPy writes, torch reads
 
 from __future__ import annotations
 
-
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -63,6 +63,7 @@ class Blocks:
 
 # ---------------------------------------------------------------------------------------------- replay
 
+@dataclass(frozen=True, eq=False)
 class ReplayPart(Part):
     """Slot: how past transitions are kept and drawn.
 
@@ -106,7 +107,8 @@ class Replay:
         self.added = 0        # time steps written in all
         self.saved = 0        # of these, how many are on disk
         self.segments: list[str] = []
-        self.rewritten = False
+        self.rewritten = False  # set when stored rows were changed: the next save writes all of them again
+        self.version = 0
 
     def __len__(self) -> int:
         """Transitions per seed."""
@@ -183,10 +185,10 @@ class Replay:
         oldest = max(0, self.added - self.length)
         start = oldest if self.rewritten else max(self.saved, oldest)
         if self.rewritten:
-            self.segments = []
+            self.segments, self.version = [], self.version + 1
         if start < self.added:
             when = np.arange(start, self.added) % self.length
-            name = f"rows-{start:09d}-{self.added:09d}"
+            name = f"rows-{start:09d}-{self.added:09d}" + (f"-v{self.version}" if self.version else "")
             with directory(folder / name) as made:
                 save_file({k: t[:, when].contiguous() for k, t in self.blocks.tensors.items()}, str(made / "rows.safetensors"))
             self.segments = [*self.segments, name]
@@ -194,13 +196,13 @@ class Replay:
         self.saved, self.rewritten = self.added, False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"added": self.added, "segments": list(self.segments)}
+        return {"added": self.added, "segments": list(self.segments), "version": self.version}
 
     def load(self, state: dict[str, Any], folder: Path) -> None:
         self.added = self.saved = state["added"]
-        self.segments = list(state["segments"])
+        self.segments, self.version = list(state["segments"]), state["version"]
         for name in self.segments:
-            _, start, stop = name.split("-")
+            start, stop = name.split("-")[1:3]
             path = folder / name / "rows.safetensors"
             if not path.is_file():
                 raise RunStopped(f"the replay buffer's file {path} is missing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import gymnasium as gym
@@ -46,6 +47,7 @@ class Agent(Actor, Protocol):
     def update(self, batch: dict[str, Any]) -> dict[str, Tensor | float]: ...
 
 
+@dataclass(frozen=True, eq=False)
 class Relabel(Part):
     """Slot: changes stored transitions, for example their rewards.
 

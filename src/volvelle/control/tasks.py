@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import importlib
 import importlib.util
+import re
 from dataclasses import field
 from typing import Annotated, Any, ClassVar
 
@@ -181,9 +183,12 @@ def read_id(text: str) -> Gym | None:
                 return None
             importlib.import_module(module)
         gym.spec(name)
-    except gym.error.NameNotFound:
-        return None
-    except gym.error.NamespaceNotFound:
+    except (gym.error.NameNotFound, gym.error.NamespaceNotFound):
+        if not re.search(r"-v\d+$", text):
+            return None
+        near = difflib.get_close_matches(text, list(gym.registry), n=3, cutoff=0.75)
+        if near:
+            raise UserError(f"unknown task {text!r}; did you mean {' or '.join(near)}? accepted: {read_id.accepts}") from None
         return None
     except gym.error.Error as error:
         raise UserError(f"task {text!r}: {first_line(error)}") from error
@@ -195,14 +200,20 @@ def read_id(text: str) -> Gym | None:
 def from_environment(value: Any) -> ControlTask | None:
     """A task from an environment object or class: a registered one by its id, any other by copies of it."""
     if isinstance(value, type) and issubclass(value, gym.Env):
-        return Made(make_env=Call(f"{value.__module__}:{value.__qualname__}" if value.__module__ != "__main__" else lambda: value()))
+        return Made(make_env=_named(lambda: value(), value.__qualname__))
     if callable(value) and not isinstance(value, (type, Part, gym.Env)):
         return Made(make_env=value)
     if not isinstance(value, gym.Env):
         return None
     if value.spec is not None and value.spec.id in gym.registry and not value.spec.additional_wrappers:
         return Gym(id=value.spec.id, kwargs={k: v for k, v in value.spec.kwargs.items() if k != "render_mode"}, time_limit=value.spec.max_episode_steps)
-    return Made(make_env=lambda: copy.deepcopy(value))
+    return Made(make_env=_named(lambda: copy.deepcopy(value), type(value.unwrapped).__name__))
+
+
+def _named(function, name: str):
+    """A function that exists only inside the program, called by what it makes."""
+    function.__qualname__ = f"<{name}>"
+    return function
 
 
 Task.converters.append(from_environment)

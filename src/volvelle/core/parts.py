@@ -295,7 +295,7 @@ class Call(Part):
         if tuple(positional) != slot.call:
             raise UserError(f"function {self.name!r} takes ({', '.join(positional)}); a {slot.slot} function takes ({', '.join(slot.call)})")
         free = {p.name: p for p in parameters.values() if p.kind == p.KEYWORD_ONLY}
-        hints = typing.get_type_hints(self.function)
+        hints = typing.get_type_hints(getattr(self.function, "__init__", None) if isinstance(self.function, type) else self.function) if self.kwargs else {}
         kwargs = {}
         for key, value in self.kwargs.items():
             if key not in free:

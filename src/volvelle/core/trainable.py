@@ -164,9 +164,11 @@ class Lagged:
     def refresh(self, tau: float = 1.0) -> None:
         """Parameters: target <- (1 - tau) target + tau source. Buffers (batch statistics) are copied."""
         if self._pairs is None:
-            mine = [*self.module.parameters()], [*self.module.buffers()]
-            theirs = [*self.source.module.parameters()], [*self.source.module.buffers()]
-            self._pairs = [(m, t) for m, t in zip(mine, theirs)]
+            def pairs(kind: str):
+                mine, theirs = dict(getattr(self.module, kind)()), dict(getattr(self.source.module, kind)())
+                return [mine[k] for k in theirs], [*theirs.values()]
+
+            self._pairs = pairs("named_parameters"), pairs("named_buffers")
         (mine, theirs), (buffers, originals) = self._pairs
         with torch.no_grad():
             if tau == 1.0:
