@@ -20,6 +20,7 @@ from .normalise import ObservationNormaliser
 from .policy import Policy, as_tensors
 from .slots import ControlTask, Shaper
 from .spaces import Observation, Spec
+from .speed import keep_freed_memory
 
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -52,6 +53,7 @@ class ControlLearner:
 
     def __init__(self, run, part: ControlRecipe, count: int, shapers: list[Shaper] = (), keys: tuple[str, ...] = ()):
         self.run, self.part, self.device, task = run, part, run.device, run.config.task
+        keep_freed_memory()
         self.vocabulary = Vocabulary()
         self.spec: Spec = probe(task, self.vocabulary)
         self.envs = Envs(task, part.seeds, count, training=True, keys=keys, shapers=shapers, workers=part.workers, vocabulary=self.vocabulary,

@@ -16,7 +16,7 @@ from volvelle.core.schedule import Schedule, at
 from volvelle.core.trainable import Adam, Optimiser
 
 from .buffers import Blocks, observation_fields
-from .compiling import compiled
+from .speed import compiled
 from .credit import GAE, Advantage, Objective, PolicyGradient, Rollout, explained_variance
 from .envs import each
 from .heads import Auto, Distribution, PolicyHead

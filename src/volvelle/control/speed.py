@@ -1,9 +1,26 @@
-"""torch.compile where there is a compiler; otherwise a note and the plain function."""
+"""Two levers of speed: torch.compile where there is a compiler, and a process that keeps the memory it has freed."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import shutil
+import sys
 from collections.abc import Callable
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Tell the C library to keep freed blocks instead of returning them to the kernel (glibc only, for this process).
+
+    Tensors of a few hundred kilobytes are otherwise mapped anew for every operation, and the page faults cost a third of an update's time.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-3, 1 << 28)  # M_MMAP_THRESHOLD
+            mallopt(-1, 1 << 29)  # M_TRIM_THRESHOLD
 
 
 def compiled(run, function: Callable) -> Callable:
