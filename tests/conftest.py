@@ -7,8 +7,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+settings.register_profile("volvelle", derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+settings.load_profile("volvelle")
 
 
 @pytest.fixture(scope="session", autouse=True)
