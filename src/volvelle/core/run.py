@@ -247,7 +247,7 @@ def unportable(config: RunConfig) -> list[str]:
 
 
 def append(path: Path, rows: list[dict]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:  # lone surrogates become JSON escapes
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
