@@ -213,13 +213,13 @@ class Run:
     # ---- files
 
     def sample(self, rows: list[dict]) -> None:
-        """Rows for samples.jsonl: what the policy actually wrote."""
-        self._pending_samples += [{"step": self.step, **row} for row in rows]
+        """Rows for samples.jsonl: what the policy actually wrote. They are written with the number of the step once it has ended."""
+        self._pending_samples += rows
 
-    def flush_samples(self) -> None:
+    def flush_samples(self, step: int) -> None:
         if self._pending_samples:
-            append(self.folder / "samples.jsonl", self._pending_samples)
-            self._pending_samples = []
+            append(self.folder / "samples.jsonl", [{"step": step, **row} for row in self._pending_samples])
+            self._pending_samples.clear()
 
     def begin(self) -> None:
         """Make the folder. Called only when everything could be started."""
