@@ -67,7 +67,8 @@ class Registry:
     def add_part(self, slot: type, name: str, value: Any) -> None:
         table = self.parts.setdefault(slot, {})
         old = table.get(name)
-        if old is not None and _origin(old) != _origin(value):
+        same = isinstance(old, type) == isinstance(value, type) and (_origin(old) == _origin(value) if isinstance(value, type) else old == value)
+        if old is not None and not same:
             raise UserError(f"{slot.slot} part {name!r} is registered twice: by {_origin(old)} and {_origin(value)}")
         table[name] = value
 
