@@ -309,12 +309,9 @@ class Call(Part):
         if tuple(positional) != slot.call:
             raise UserError(f"function {self.name!r} takes ({', '.join(positional)}); a {slot.slot} function takes ({', '.join(slot.call)})")
         free = {p.name: p for p in parameters.values() if p.kind == p.KEYWORD_ONLY}
-<<<<<<< HEAD
         named = inspect.unwrap(getattr(self.function, "func", self.function))  # inside functools.partial
-        hints = typing.get_type_hints(named if inspect.isroutine(named) else type(named).__call__)
-=======
-        hints = typing.get_type_hints(getattr(self.function, "__init__", None) if isinstance(self.function, type) else self.function) if self.kwargs else {}
->>>>>>> refs/heads/control
+        described = named if inspect.isroutine(named) else named.__init__ if isinstance(named, type) else type(named).__call__
+        hints = typing.get_type_hints(described) if self.kwargs else {}
         kwargs = {}
         for key, value in self.kwargs.items():
             if key not in free:
