@@ -202,8 +202,8 @@ def coerce(annotation: Any, value: Any, path: str) -> Any:
     if isinstance(value, str) and type(None) in members and value.lower() in ("none", "null"):
         return None
     if isinstance(value, Part) and slots:
-        if any(isinstance(value, s) for s in slots) or (isinstance(value, Call) and any(s.call for s in slots)):
-            return value.bound(next(s for s in slots if s.call)) if isinstance(value, Call) else value
+        if any(isinstance(value, s) for s in slots) or (isinstance(value, Call) and any(s.call is not None for s in slots)):
+            return value.bound(next(s for s in slots if s.call is not None)) if isinstance(value, Call) else value
         raise UserError(f"{path}: a {type(value).slot} part ({value.part_name}) does not fit; expected {describe(annotation)}")
     if slots:
         plain = [m for m in members if m not in slots]
@@ -211,7 +211,7 @@ def coerce(annotation: Any, value: Any, path: str) -> Any:
             return from_config(annotation, value, path)
         if callable(value) and not isinstance(value, type):
             for s in slots:
-                if s.call:
+                if s.call is not None:
                     return Call(value).bound(s)
         if plain and not (plain == [type(None)] and value is not None):
             try:
@@ -221,6 +221,9 @@ def coerce(annotation: Any, value: Any, path: str) -> Any:
                     raise UserError(str(error).replace(describe(Union[tuple(plain)]), describe(annotation))) from None
         if isinstance(value, str):
             return build(slots, value, {}, path)
+        for s in slots:
+            if (made := getattr(s, "from_object", lambda value: None)(value)) is not None:
+                return made
         raise UserError(f"{path}={value!r}: expected {describe(annotation)}")
     if inner := slots_in_dict(annotation):
         if not isinstance(value, Mapping):
@@ -307,7 +310,8 @@ class Call(Part):
             raise UserError(f"function {self.name!r} takes ({', '.join(positional)}); a {slot.slot} function takes ({', '.join(slot.call)})")
         free = {p.name: p for p in parameters.values() if p.kind == p.KEYWORD_ONLY}
         named = inspect.unwrap(getattr(self.function, "func", self.function))  # inside functools.partial
-        hints = typing.get_type_hints(named if inspect.isroutine(named) else type(named).__call__)
+        described = named if inspect.isroutine(named) else named.__init__ if isinstance(named, type) else type(named).__call__
+        hints = typing.get_type_hints(described) if self.kwargs else {}
         kwargs = {}
         for key, value in self.kwargs.items():
             if key not in free:
@@ -366,7 +370,7 @@ def from_config(annotation: Any, data: Any, path: str = "") -> Any:
 def build(slots: list[type], name: str, values: Mapping[str, Any], path: str) -> Part:
     """The part called `name` in one of the slots, with some of its fields given."""
     found = next((registry.table(s)[name] for s in slots if name in registry.table(s)), None)
-    if found is None and ":" in name and (callable_slot := next((s for s in slots if s.call), None)):
+    if found is None and ":" in name and (callable_slot := next((s for s in slots if s.call is not None), None)):
         return Call(name, dict(values)).bound(callable_slot)
     if found is None:
         reader = next((s for s in slots if hasattr(s, "from_text")), None)
@@ -392,7 +396,7 @@ def _no_part(slots: list[type], name: str, path: str) -> UserError:
     elsewhere = sorted({s.slot for s, table in registry.parts.items() if name in table})
     names = {n for s in slots for n in registry.table(s)}
     where = f" for {path}" + (f" ({name!r} is a {' and a '.join(elsewhere)} part)" if elsewhere else "")
-    extra = ["module:function"] if any(s.call for s in slots) else []
+    extra = ["module:function"] if any(s.call is not None for s in slots) else []
     return unknown(f"{slots[0].slot} part", name, [*names, *extra], where)
 
 

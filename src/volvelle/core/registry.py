@@ -116,3 +116,17 @@ def _origin(value: Any) -> str:
 
 
 registry = Registry()
+
+
+def wing_methods(wing: str, spelled: dict[str, str] | None = None):
+    """A module's `__getattr__` that finds the recipes of a wing by name (`-` written as `_`, and the spellings given)."""
+
+    def find(name: str):
+        if not name.startswith("_"):
+            registry.load()
+            found = registry.methods.get((wing, (spelled or {}).get(name, name.replace("_", "-"))))
+            if found is not None:
+                return found.recipe
+        raise AttributeError(f"module 'volvelle.{wing}' has no attribute {name!r}")
+
+    return find

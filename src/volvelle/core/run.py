@@ -129,18 +129,22 @@ class Run:
             self._path = outer
         return live
 
-    def _seed_for(self, name: str) -> int:
-        return int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:8], "little") >> 1
+    def _seed_for(self, name: str, seed: int | None) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self.seed if seed is None else seed}/{name}".encode()).digest()[:8], "little") >> 1
 
-    def rng(self, name: str) -> np.random.Generator:
-        """The NumPy generator of that name: same seed and name, same numbers; its state is checkpointed."""
-        return self._rngs.setdefault(f"numpy/{name}", np.random.default_rng(self._seed_for(name)))
+    def rng(self, name: str, seed: int | None = None) -> np.random.Generator:
+        """The NumPy generator of that name: same seed and name, same numbers; its state is checkpointed.
 
-    def torch_rng(self, name: str) -> torch.Generator:
-        """The torch generator (on the CPU) of that name."""
-        key = f"torch/{name}"
+        `seed` (None: the run's) serves runs that train several seeds as one model: each seed keeps the numbers it would have alone.
+        """
+        key = f"numpy/{name}" if seed is None else f"numpy/{name}@{seed}"
+        return self._rngs.setdefault(key, np.random.default_rng(self._seed_for(name, seed)))
+
+    def torch_rng(self, name: str, seed: int | None = None) -> torch.Generator:
+        """The torch generator (on the CPU) of that name; `seed` as for `rng`."""
+        key = f"torch/{name}" if seed is None else f"torch/{name}@{seed}"
         if key not in self._rngs:
-            self._rngs[key] = torch.Generator().manual_seed(self._seed_for(name))
+            self._rngs[key] = torch.Generator().manual_seed(self._seed_for(name, seed))
         return self._rngs[key]
 
     def _model_path(self, name: str) -> str:

@@ -165,6 +165,8 @@ def _fit(run: Run, learner: Learner, resume: bool, progress: Callable) -> Traine
     except RunStopped as error:
         with contextlib.suppress(OSError):
             run.flush_samples(run.step + 1)
+            if error.intact:
+                last = save_checkpoint(run, learner)
         raise RunStopped(f"step {run.step + 1}: {error}; last good checkpoint: {last or 'none'}") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
