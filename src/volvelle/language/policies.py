@@ -276,7 +276,7 @@ class _ValueModel(torch.nn.Module):
         super().__init__()
         twin = policy.twin()
         self.body = twin.backbone.requires_grad_(True)
-        self.value = torch.nn.Linear(policy.width, 1)
+        self.value = torch.nn.utils.skip_init(torch.nn.Linear, policy.width, 1)  # the usual start would draw global random numbers
         torch.nn.init.zeros_(self.value.weight)
         torch.nn.init.zeros_(self.value.bias)
         self._policy = [twin]  # in a list: its output layer is not part of this module
