@@ -200,17 +200,23 @@ def choose(offsets, next_state, probability, cells, fraction, score, new_score, 
                 high = max(min(N, N - 1 - k), low)
                 for j in range(low):
                     row[j] += p * v[0]
-                for j in range(low, high):
-                    row[j] += p * ((1 - w) * v[j + k] + w * v[j + k + 1])
+                if w == 0.0:
+                    for j in range(low, high):
+                        row[j] += p * v[j + k]
+                else:
+                    for j in range(low, high):
+                        row[j] += p * ((1 - w) * v[j + k] + w * v[j + k + 1])
                 for j in range(high, N):
                     row[j] += p * v[N - 1]
-        for j in range(N):
-            best = 0
-            for a in range(1, A):
-                if q[a, j] > q[best, j] + 1e-12:
-                    best = a
-            policy[s, j] = best
-            new_score[s, j] = q[best, j]
+        best, arg = new_score[s], policy[s]
+        best[:] = q[0]
+        arg[:] = 0
+        for a in range(1, A):
+            row = q[a]
+            for j in range(N):
+                if row[j] > best[j] + 1e-12:
+                    best[j] = row[j]
+                    arg[j] = a
 
 
 @compiled

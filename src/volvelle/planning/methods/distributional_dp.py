@@ -64,7 +64,7 @@ def value_iteration(pairs: Augmented, functional: Callable, sweeps: int | None =
     for _ in range(pairs.depth if sweeps is None else sweeps):
         policy, laws = greedy(pairs, functional, laws)
         policies.append(policy)
-    return Plan(pairs, functional, np.array(policies[::-1]), laws)
+    return Plan(pairs, functional, policy=np.array(policies[::-1]), laws=laws)
 
 
 def policy_iteration(pairs: Augmented, functional: Callable, policy=None, max_rounds: int = 1000) -> Plan:
