@@ -113,7 +113,7 @@ def part(name: str):
     def wrap(cls):
         cls = dataclass(frozen=True, eq=False)(cls)
         cls.part_name = name
-        stray = (cls.needs | cls.gives) - NEEDS
+        stray = {word for words in (cls.needs, cls.gives) if isinstance(words, frozenset) for word in words} - NEEDS
         if stray:
             raise TypeError(f"{cls.__name__}: {sorted(stray)} are not in the vocabulary of needs")
         registry.add_part(slot_of(cls), name, cls)
