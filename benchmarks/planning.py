@@ -9,8 +9,9 @@ import time
 import numpy as np
 
 from volvelle.planning.functionals import shortfall
+from volvelle.planning.grid_kernels import choose, mix
 from volvelle.planning.mdp import MDP
-from volvelle.planning.stock_grid import StockGrid, cell_shifts, choose, mix
+from volvelle.planning.stock_grid import StockGrid, cell_shifts
 from volvelle.planning.worlds import grid_world
 
 ATOMS, REPEATS = 51, 15
@@ -53,7 +54,8 @@ def compare(name: str, mdp: MDP) -> None:
             run()
             times.append(time.perf_counter() - start)
         seconds[run] = min(times)
-    print(f"{name:58s} sweep {seconds[sweep] * 1e3:8.3f} ms   pass {seconds[memory_pass] * 1e3:8.3f} ms   ratio {seconds[sweep] / seconds[memory_pass]:.2f}")
+    print(f"{name:58s} sweep {seconds[sweep] * 1e3:8.3f} ms   pass {seconds[memory_pass] * 1e3:8.3f} ms   "
+          f"ratio {seconds[sweep] / seconds[memory_pass]:.2f}")
 
 
 if __name__ == "__main__":

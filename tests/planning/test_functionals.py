@@ -33,7 +33,8 @@ def test_cvar_is_not_indifferent_to_mixtures():
     assert [cvar(m, 0.5)[0] for m in mixed] == [0, 2.5]
 
 
-@pytest.mark.parametrize("functional", [lambda x: cvar(x, 0.5), lambda x: -variance(x), lambda x: quantile(x, 0.5), lambda x: expectation(x) - variance(x)])
+@pytest.mark.parametrize("functional", [lambda x: cvar(x, 0.5), lambda x: -variance(x), lambda x: quantile(x, 0.5),
+                                        lambda x: expectation(x) - variance(x)])
 def test_the_search_finds_breaches_of_mixture_indifference(functional):
     found = mixture_violation(functional, np.random.default_rng(0))
     assert found.condition == "M" and found.loss > 0
@@ -57,7 +58,8 @@ def test_exponential_utility_is_not_indifferent_to_the_discount():
 
 
 @pytest.mark.parametrize("utility, factor", [
-    (lambda x: x, 0.25), (lambda x: np.minimum(x, 0), 0.25), (lambda x: np.maximum(x, 0) + 7, 0.25), (lambda x: -np.abs(x), 0.25), (lambda x: -x**2, 1 / 16),
+    (lambda x: x, 0.25), (lambda x: np.minimum(x, 0), 0.25), (lambda x: np.maximum(x, 0) + 7, 0.25), (lambda x: -np.abs(x), 0.25),
+    (lambda x: -x**2, 1 / 16),
     (lambda x: np.sign(x) * np.abs(x) ** 3, 1 / 64), (lambda x: (x >= 0) * 1.0, 1.0), (lambda x: -np.exp(-x), None), (lambda x: -np.abs(x - 3), None),
     (lambda x: np.sin(x), None),
 ])

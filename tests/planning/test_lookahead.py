@@ -96,6 +96,7 @@ def test_sticky_actions_never_repeat_at_the_first_step():
     rows = sticky(mdp, 0.25)
     first = np.flatnonzero(rows.initial)[0]
     counts = np.diff(rows.offsets).reshape(-1, 2)
+    assert rows.absorbing.sum() == 1  # an ended episode stays one state
     assert (counts[first] == 1).all() and (counts[:mdp.states * 2] >= 1).all() and counts[1].max() == 2
 
 

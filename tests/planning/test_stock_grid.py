@@ -5,8 +5,9 @@ import pytest
 from volvelle.core.errors import UserError
 from volvelle.planning.distributions import Laws, cvar, expectation, wasserstein
 from volvelle.planning.functionals import ExpectedUtility, above, shortfall, target
+from volvelle.planning.grid_kernels import choose, mix
 from volvelle.planning.methods.distributional_dp import optimise
-from volvelle.planning.stock_grid import StockGrid, act_on_grid, cell_shifts, choose, covering_grid, mix, plan_on_grid, total_range
+from volvelle.planning.stock_grid import StockGrid, act_on_grid, cell_shifts, covering_grid, plan_on_grid, total_range
 from volvelle.planning.worlds import random_mdp
 
 H = 3

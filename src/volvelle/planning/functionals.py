@@ -126,8 +126,8 @@ def require_conditions(objective: Callable, discount: float, components: int | N
     """UserError unless `objective` can be maximised. Expected utilities are checked on probes, other functionals searched with rng."""
     if isinstance(objective, ExpectedUtility):
         if discount < 1 and discount_factor(objective.utility, discount, components) is None:
-            raise UserError(f"objective {objective.name!r} is not indifferent to discount {discount}: f({discount} x) - f(0) must be a fixed multiple of "
-                            "f(x) - f(0); put a kink off zero into the start stock, or use discount 1")
+            raise UserError(f"objective {objective.name!r} is not indifferent to discount {discount}: f({discount} x) - f(0) must be a fixed "
+                            "multiple of f(x) - f(0); put a kink off zero into the start stock, or use discount 1")
         if endless and objective.lipschitz is None:
             raise UserError(f"objective {objective.name!r} is not Lipschitz: give a finite horizon")
         return

@@ -1,5 +1,5 @@
-"""Finite-horizon Q functions [T, S, A] of a tabular MDP: of the random, the best and the worst policy, steps of Q-value iteration, and greedy play with
-the worst breaking of ties. Source of the definitions: arXiv 2312.08369.
+"""Finite-horizon Q functions [T, S, A] of a tabular MDP: of the random, the best and the worst policy, steps of Q-value iteration, and
+greedy play with the worst breaking of ties. Source of the definitions: arXiv 2312.08369.
 
 TIE is the one tolerance for "equally good": Q values this close (relative to the largest return) are ties.
 """
@@ -83,10 +83,10 @@ def sticky(mdp: MDP, repeat: float) -> MDP:
         raise UserError(f"repeat {repeat}; accepted: 0 to 1")
     S, A = mdp.states, mdp.actions
     state, action = np.divmod(mdp.outcome_row, A)
-    target = mdp.next_state * A + action                                  # executing `action` makes it the previous one
+    target = mdp.next_state * A + np.where(mdp.absorbing[mdp.next_state], 0, action)  # what is executed becomes the previous action
     previous, chosen = np.divmod(np.arange(A * A), A)
     pieces = [(S * A + state, action, target, mdp.probability, mdp.reward)]
-    for p, c in zip(previous, chosen):                                    # chosen c is executed with 1 - repeat, else the previous p
+    for p, c in zip(previous, chosen):  # chosen c is executed with 1 - repeat, else the previous p
         for executed, chance in ((c, 1 - repeat), (p, repeat)):
             mine = np.flatnonzero(action == executed)
             if chance > 0:

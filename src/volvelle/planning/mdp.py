@@ -1,8 +1,9 @@
 """The tabular Markov decision process of the planning wing, and its classical dynamic programming.
 
-One type serves every exact method. An outcome is one way a step can end: (next state, reward) with a probability. Outcomes are stored flat, grouped by
-row, where row = state * actions + action, so dense problems and large sparse ones share one layout and every operator is a vectorised pass over arrays.
-Rewards belong to outcomes, hence a random reward is kept as such; `expected_reward` averages it. A reward may be a vector of m components.
+One type serves every exact method. An outcome is one way a step can end: (next state, reward) with a probability. Outcomes are stored flat,
+grouped by row, where row = state * actions + action, so dense problems and large sparse ones share one layout and every operator is a
+vectorised pass over arrays. Rewards belong to outcomes, hence a random reward is kept as such; `expected_reward` averages it. A reward may be
+a vector of m components.
 
 Time runs 0..T-1 for a horizon T. Episodes that end early move to an absorbing state: every action loops with reward zero.
 """
@@ -222,7 +223,7 @@ def policy_probabilities(mdp: MDP, policy) -> np.ndarray:
 
 def unroll(mdp: MDP) -> MDP:
     """The same problem with the time in the state: state t*S + s for t < T, then one absorbing end. Stationary methods then solve finite horizons."""
-    horizon, rows, n = _horizon(mdp), mdp.states * mdp.actions, mdp.states
+    horizon, n = _horizon(mdp), mdp.states
     state, action = np.divmod(mdp.outcome_row, mdp.actions)
     end, clock = horizon * n, np.repeat(np.arange(horizon), len(state))
     target = np.where(clock == horizon - 1, end, (clock + 1) * n + np.tile(mdp.next_state, horizon))

@@ -1,12 +1,12 @@
 """Stock augmentation on a grid, for problems whose reachable stocks are too many to enumerate.
 
-The grid holds the running total B_t = discount^t C_t = c_0 + R_1 + discount R_2 + ..., which unlike the stock itself does not grow: at the end it *is*
-c_0 + G_0. Backwards from the horizon, laws[s, j] is the law of the final total given state s and total grid[j]. A reward moves the total by
-discount^t R; when that is no whole number of cells the law is interpolated linearly between the two neighbours, which keeps means exact.
+The grid holds the running total B_t = discount^t C_t = c_0 + R_1 + discount R_2 + ..., which unlike the stock itself does not grow: at the end
+it *is* c_0 + G_0. Backwards from the horizon, laws[s, j] is the law of the final total given state s and total grid[j]. A reward moves the
+total by discount^t R; when that is no whole number of cells the law is interpolated linearly between the two neighbours, which keeps means.
 
-Error. Let f be L-Lipschitz, h the spacing and H the horizon. sup_pi E f(B + ...) is L-Lipschitz in B, so one interpolation costs at most 2 w (1 - w) L h
-<= L h / 2 and averaging never enlarges errors: values are within H L h / 2 of the truth (`value_bound`), and exact when rewards fall on the grid. Acting
-greedily by one step of look-ahead on the interpolated values loses at most L h H (H + 1) / 2 (`policy_bound`).
+Error. Let f be L-Lipschitz, h the spacing and H the horizon. sup_pi E f(B + ...) is L-Lipschitz in B, so one interpolation costs at most
+2 w (1 - w) L h <= L h / 2 and averaging never enlarges errors: values are within H L h / 2 of the truth (`value_bound`), and exact when
+rewards fall on the grid; a start between grid points adds L h / 2. Acting greedily by one step of look-ahead on the interpolated values loses at most L h H (H + 1) / 2 (`policy_bound`).
 """
 from __future__ import annotations
 
@@ -19,13 +19,6 @@ from volvelle.core.errors import UserError
 
 from .distributions import Laws, diracs
 from .mdp import MDP
-
-try:
-    from numba import njit
-except ModuleNotFoundError as error:  # pragma: no cover
-    raise UserError("planning on a stock grid needs numba, which is not installed; pip install 'volvelle[planning]'") from error
-
-compiled = njit(cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,7 @@ class StockGrid:
 
 
 def covering_grid(mdp: MDP, low: float, high: float, points: int | None = None, spacing: float | None = None) -> StockGrid:
-    """A grid over every total reachable within the horizon from stocks in [low, high]; give points or spacing, low is on the grid."""
+    """A grid over every total reachable within the horizon from stocks in [low, high]; give points or spacing (low is then on the grid)."""
     if (points is None) == (spacing is None):
         raise UserError("covering_grid: give points or spacing, one of the two")
     if not np.isfinite([low, high]).all() or high < low:
@@ -120,48 +113,75 @@ class GridPlan:
         return self.grid.place(stock)
 
 
-def plan_on_grid(mdp: MDP, objective: Callable, grid: StockGrid, laws: bool = True) -> GridPlan:
-    """Maximise the objective of c_0 + G_0 for every state and every start stock on the grid, in one backward pass over the horizon.
-
-    objective: an ExpectedUtility, or a functional of a stack of laws (which needs the laws of all actions: slower, and laws stays on). Because totals
-    are final returns, the discount needs no condition here; indifference to mixtures does.
+class GridSweeps:
+    """The backward pass, one `sweep()` per time step. objective: an ExpectedUtility, or a functional of a stack of laws (which needs the laws of
+    all actions: slower, and laws are kept). Because totals are final returns the discount needs no condition here; indifference to mixtures does.
     """
-    least, most = total_range(mdp)
-    starts = grid.low - least, grid.high - most
-    if starts[0] > starts[1] + 1e-9:
-        raise UserError(f"stock grid {grid.low:g} to {grid.high:g} is narrower than the returns, {least:g} to {most:g}")
-    S, N, T = mdp.states, grid.points, mdp.horizon
-    utility = getattr(objective, "utility", None)
-    laws = laws or utility is None
-    scores, policy = np.empty((T + 1, S, N)), np.empty((T, S, N), np.int16)
-    scores[T] = objective(diracs(grid.totals))
-    if not np.isfinite(scores[T]).all():
-        raise UserError(f"the objective is not finite everywhere on the grid {grid.low:g} to {grid.high:g}")
-    now, after = (np.empty((S, N, N)), np.empty((S, N, N))) if laws else (None, None)
-    if laws:
-        now[:] = np.eye(N)
-    for t in reversed(range(T)):
-        moves = (mdp.offsets, mdp.next_state, mdp.probability, *cell_shifts(mdp, grid, t))
-        now, after = after, now
-        if utility is None:
-            q = [functional_score(objective, grid, moves, np.full((S, N), a, np.int16), after, now) for a in range(mdp.actions)]
-            policy[t], scores[t] = np.argmax(q, 0), np.max(q, 0)
+
+    def __init__(self, mdp: MDP, objective: Callable, grid: StockGrid, laws: bool = True):
+        try:
+            from . import grid_kernels
+        except ModuleNotFoundError as error:
+            raise UserError(f"planning on a stock grid needs the package {error.name!r}; install volvelle[planning], or plan exactly") from error
+        self._kernels = grid_kernels
+        least, most = total_range(mdp)
+        self.starts = grid.low - least, grid.high - most
+        if self.starts[0] > self.starts[1] + 1e-9:
+            raise UserError(f"stock grid {grid.low:g} to {grid.high:g} is narrower than the returns, {least:g} to {most:g}")
+        S, N = mdp.states, grid.points
+        self.mdp, self.objective, self.grid, self.t = mdp, objective, grid, mdp.horizon
+        self.scores, self.policy = np.zeros((self.t + 1, S, N)), np.zeros((self.t, S, N), np.int16)
+        self.scores[self.t] = objective(diracs(grid.totals))
+        if not np.isfinite(self.scores[self.t]).all():
+            raise UserError(f"the objective is not finite everywhere on the grid {grid.low:g} to {grid.high:g}")
+        self._linear = getattr(objective, "utility", None) is not None
+        self.laws = np.broadcast_to(np.eye(N), (S, N, N)).copy() if laws or not self._linear else None
+        self._scratch = np.empty_like(self.laws) if self.laws is not None else None
+
+    def sweep(self):
+        """Decide time t - 1 from what is known about time t."""
+        self.t -= 1
+        t, moves = self.t, self._moves(self.t)
+        if self._linear:
+            self._kernels.choose(*moves, self.scores[t + 1], self.scores[t], self.policy[t])
         else:
-            choose(*moves, scores[t + 1], scores[t], policy[t])
-        if laws:
-            mix(*moves, policy[t], after, now)
-    return GridPlan(grid, policy, scores, now, starts)
+            q = [self._score(moves, np.full_like(self.policy[t], a)) for a in range(self.mdp.actions)]
+            self.policy[t], self.scores[t] = np.argmax(q, 0), np.max(q, 0)
+        if self.laws is not None:
+            self._kernels.mix(*moves, self.policy[t], self.laws, self._scratch)
+            self.laws, self._scratch = self._scratch, self.laws
+
+    def plan(self) -> GridPlan:
+        """The plan so far: at times not yet decided action 0 is taken."""
+        laws, scores = self.laws, self.scores.copy()
+        for t in reversed(range(self.t)):
+            before, laws = laws, np.empty_like(laws)
+            self._kernels.mix(*self._moves(t), self.policy[t], before, laws)
+            scores[t] = self._judge(laws)
+        return GridPlan(self.grid, self.policy, scores, laws, self.starts)
+
+    def _moves(self, t):
+        return self.mdp.offsets, self.mdp.next_state, self.mdp.probability, *cell_shifts(self.mdp, self.grid, t)
+
+    def _score(self, moves, policy) -> np.ndarray:
+        self._kernels.mix(*moves, policy, self.laws, self._scratch)
+        return self._judge(self._scratch)
+
+    def _judge(self, laws) -> np.ndarray:
+        S, N, K = laws.shape
+        return self.objective(Laws(np.tile(self.grid.totals, S * N), laws.ravel(), np.arange(S * N + 1) * K)).reshape(S, N)
 
 
-def functional_score(functional, grid, moves, policy, laws, scratch) -> np.ndarray:
-    """The functional of the laws that `policy` [S, N] makes of the next time's laws, [S, N]."""
-    mix(*moves, policy, laws, scratch)
-    S, N, K = scratch.shape
-    return functional(Laws(np.tile(grid.totals, S * N), scratch.ravel(), np.arange(S * N + 1) * K)).reshape(S, N)
+def plan_on_grid(mdp: MDP, objective: Callable, grid: StockGrid, laws: bool = True) -> GridPlan:
+    """Maximise the objective of c_0 + G_0 for every state and every start stock on the grid; see GridSweeps. Without laws only scores are kept."""
+    sweeps = GridSweeps(mdp, objective, grid, laws)
+    while sweeps.t:
+        sweeps.sweep()
+    return sweeps.plan()
 
 
 def act_on_grid(mdp: MDP, plan: GridPlan, t: int, state, total) -> np.ndarray:
-    """Greedy actions [n] at time t in states [n] with running totals [n]: one step of look-ahead on the interpolated scores of an expected utility."""
+    """Greedy actions [n] at time t in states [n] with running totals [n]: one step of look-ahead on the scores of an expected utility."""
     state, total = np.atleast_1d(state).astype(np.int64), np.atleast_1d(np.asarray(total, dtype=float))
     q = np.empty((len(state), mdp.actions))
     for i, (s, b) in enumerate(zip(state, total)):
@@ -179,69 +199,3 @@ def cell_shifts(mdp: MDP, grid: StockGrid, t: int) -> tuple[np.ndarray, np.ndarr
     move = mdp.discount**t * mdp.reward / grid.spacing
     cells = np.floor(move + 1e-9)
     return cells.astype(np.int64), np.where(move - cells < 1e-9, 0.0, move - cells)
-
-
-@compiled
-def choose(offsets, next_state, probability, cells, fraction, score, new_score, policy):
-    """Greedy step on expected utilities: score [S, N] of the next time -> new_score [S, N] and the maximising actions policy [S, N].
-
-    Totals that leave the grid stay at its edge; a covering grid never lets that reach a start stock.
-    """
-    S, N = score.shape
-    A = (len(offsets) - 1) // S
-    q = np.empty((A, N))
-    for s in range(S):
-        for a in range(A):
-            row = q[a]
-            row[:] = 0.0
-            for o in range(offsets[s * A + a], offsets[s * A + a + 1]):
-                p, k, w, v = probability[o], cells[o], fraction[o], score[next_state[o]]
-                low = min(max(0, -k), N)
-                high = max(min(N, N - 1 - k), low)
-                for j in range(low):
-                    row[j] += p * v[0]
-                if w == 0.0:
-                    for j in range(low, high):
-                        row[j] += p * v[j + k]
-                else:
-                    for j in range(low, high):
-                        row[j] += p * ((1 - w) * v[j + k] + w * v[j + k + 1])
-                for j in range(high, N):
-                    row[j] += p * v[N - 1]
-        best, arg = new_score[s], policy[s]
-        best[:] = q[0]
-        arg[:] = 0
-        for a in range(1, A):
-            row = q[a]
-            for j in range(N):
-                if row[j] > best[j] + 1e-12:
-                    best[j] = row[j]
-                    arg[j] = a
-
-
-@compiled
-def mix(offsets, next_state, probability, cells, fraction, policy, laws, new_laws):
-    """The policy's Bellman operator: laws [S, N, K] of the next time -> new_laws [S, N, K], each a mixture of the successors' laws."""
-    S, N, K = laws.shape
-    A = (len(offsets) - 1) // S
-    for s in range(S):
-        for j in range(N):
-            row, first = new_laws[s, j], offsets[s * A + policy[s, j]]
-            for o in range(first, offsets[s * A + policy[s, j] + 1]):
-                k = min(max(j + cells[o], 0), N - 1)
-                w = probability[o] * fraction[o] if j + cells[o] >= 0 else 0.0
-                near = probability[o] - w
-                x, y = laws[next_state[o], k], laws[next_state[o], min(k + 1, N - 1)]
-                if o == first:
-                    if w == 0.0:
-                        for i in range(K):
-                            row[i] = near * x[i]
-                    else:
-                        for i in range(K):
-                            row[i] = near * x[i] + w * y[i]
-                elif w == 0.0:
-                    for i in range(K):
-                        row[i] += near * x[i]
-                else:
-                    for i in range(K):
-                        row[i] += near * x[i] + w * y[i]

@@ -5,21 +5,12 @@ import numpy as np
 import pytest
 
 from volvelle.core.errors import UserError
+from volvelle.planning.cvar import maximise_cvar, maximise_cvar_on_grid, maximise_upper_cvar
 from volvelle.planning.distributions import combine, cvar, diracs, expectation, law, upper_cvar, wasserstein
 from volvelle.planning.functionals import ExpectedUtility, above, constrained, homeostasis, mean, shortfall, surplus, target
 from volvelle.planning.mdp import MDP, backward_induction, unroll
-from volvelle.planning.methods.distributional_dp import (
-    greedy_bound,
-    maximise_cvar,
-    maximise_cvar_on_grid,
-    maximise_upper_cvar,
-    optimise,
-    policy_iteration,
-    start_law,
-    sweep_bound,
-    value_iteration,
-)
-from volvelle.planning.return_operators import bellman, start_laws
+from volvelle.planning.methods.distributional_dp import greedy_bound, optimise, sweep_bound
+from volvelle.planning.return_operators import bellman, policy_iteration, start_law, start_laws, value_iteration
 from volvelle.planning.stock import augment
 from volvelle.planning.worlds import random_mdp
 

@@ -7,20 +7,11 @@ import pytest
 from sklearn.tree import DecisionTreeRegressor
 
 from volvelle.core.errors import UserError
-from volvelle.planning.lookahead import greedy_actions, optimal_q, q_iteration, random_q, sticky
+from volvelle.planning.horizons import analyse, approximate_k, deterministic_horizon, horizon_of, minimum_k, sample_bound
+from volvelle.planning.lookahead import greedy_actions, optimal_q, q_iteration, random_q, reward_q, sticky
 from volvelle.planning.mdp import MDP, policy_evaluation
-from volvelle.planning.methods.effective_horizon import (
-    Sqirl,
-    analyse,
-    approximate_k,
-    deterministic_horizon,
-    gorp,
-    horizon_of,
-    minimum_k,
-    per_action,
-    sample_bound,
-    table,
-)
+from volvelle.planning.methods.effective_horizon import Sqirl, gorp
+from volvelle.planning.regression import per_action, table
 from volvelle.planning.sampling import TabularSampler
 from volvelle.planning.worlds import enumerate_states, random_mdp
 
@@ -86,7 +77,6 @@ def test_toy_text_table(name, horizon, options, random, optimal, returns, k, win
     mdp = MDP.from_gymnasium(name, horizon, **options)
     found = analyse(mdp, 3, precision=1e-6)
     np.testing.assert_allclose((found.random_return, found.optimal_return, *found.greedy_returns), (random, optimal, *returns), atol=5e-5)
-    from volvelle.planning.lookahead import reward_q
     assert (minimum_k(mdp, random_q(mdp), precision=1e-6), minimum_k(mdp, reward_q(mdp), precision=1e-6)) == (k, window)
 
 

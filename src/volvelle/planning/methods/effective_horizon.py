@@ -1,16 +1,17 @@
 """The effective horizon and SQIRL, shallow Q-iteration via reinforcement learning (arXiv 2312.08369).
 
-Solves: tells in advance whether random exploration will do, and learns simply where it does.
+Problem. Say in advance whether random exploration will do, and learn simply where it does.
 
-Idea. Take the Q function of the uniformly random policy, Q^1, apply only k - 1 steps of Q-value iteration to it, and act greedily. If every greedy
-policy of Q^k is optimal the problem is k-QVI-solvable. How small k may be, and how clearly Q^k separates optimal actions from others (the k-gap
-Delta_k), gives the stochastic effective horizon H = min_k k + log_A(1 / Delta_k^2): sample cost grows like A^H, not like A^T. SQIRL learns Q^k one time
-step after another from random roll-outs by plain regression; GORP is its open-loop predecessor for deterministic problems.
+Idea. Take the Q function of the uniformly random policy, Q^1, apply only k - 1 steps of Q-value iteration to it, and act greedily. If every
+greedy policy of Q^k is optimal the problem is k-QVI-solvable. How small k may be, and how clearly Q^k separates optimal actions from others (the
+k-gap Delta_k), gives the stochastic effective horizon H = min_k k + log_A(1 / Delta_k^2): sample cost grows like A^H, not like A^T. SQIRL learns
+Q^k one time step after another from random roll-outs by plain regression; GORP is its open-loop predecessor for deterministic problems.
 
-Pick it as a diagnostic for PPO- or DQN-like exploration, as a simple learner for short look-ahead, as a baseline. Do not pick it for long episodes (one
-policy per time step, T rounds) or where random roll-outs never see a reward.
+Pick it as a diagnostic for PPO- or DQN-like exploration, as a simple learner for short look-ahead, as a baseline. Do not pick it for long
+episodes (one policy per time step, T rounds) or where random roll-outs never see a reward.
 
-Definitions and greedy returns agree with the authors' published analyses of sticky-action problems (github.com/cassidylaidlaw/effective-horizon).
+The analysis itself (min_k, planning window, gaps, H_k) is volvelle.planning.horizons. The learner here is the paper's theoretical version, one
+regression per time step; the authors' code shares one network with k heads over all time steps instead.
 """
 from __future__ import annotations
 
@@ -18,155 +19,23 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
 
 import numpy as np
+from pydantic import Field
 
+from volvelle.core.claims import Arm, Claim
 from volvelle.core.errors import UserError
+from volvelle.core.parts import Part, Recipe, method, part
 
-from ..lookahead import TIE, greedy_actions, guaranteed_return, optimal_q, q_iteration, random_q, reachable, reward_q, worst_q
-from ..mdp import MDP
+from ..lookahead import optimal_q, random_q
+from ..mdp import policy_evaluation
+from ..regression import table
+from ..sampling import TabularSampler
+from ..tables import Tables
+from ..tasks import TabularTask, ToyText, Trap
 
-PRECISION = 1e-4  # an action is suboptimal when its optimal Q falls short by more than this
-
-
-# ---- analysis of a known problem ---------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Analysis:
-    """What is known about an MDP's difficulty for random exploration.
-
-    min_k: smallest k whose every greedy policy is optimal; epw: the same from immediate rewards (the effective planning window); both None if not
-    found within max_k. greedy_returns[k-1]: J_k, the return of the worst greedy policy of Q^k. gaps[k-1]: the k-gap, nan if k does not solve.
-    horizons[k-1]: H_k; effective_horizon: the least of them.
-    """
-    random_return: float
-    optimal_return: float
-    worst_return: float
-    min_k: int | None
-    epw: int | None
-    greedy_returns: tuple[float, ...]
-    gaps: tuple[float, ...]
-    horizons: tuple[float, ...]
-    effective_horizon: float
-
-
-def analyse(mdp: MDP, max_k: int | None = None, precision: float = PRECISION, return_range: float = 1.0) -> Analysis:
-    """Exact analysis up to k = max_k (default: the horizon, where Q^k is optimal). return_range: what returns are measured in, for H_k."""
-    max_k, optimal = mdp.horizon if max_k is None else max_k, optimal_q(mdp)
-    returns, gaps, horizons = [], [], []
-    q, min_k = random_q(mdp), None
-    random_return = float(mdp.initial @ q[0].mean(-1))
-    for k in range(1, max_k + 1):
-        solved = solvable(mdp, q, optimal, precision)
-        min_k = k if solved and min_k is None else min_k
-        returns.append(guaranteed_return(mdp, greedy_actions(q)))
-        gaps.append(k_gap(mdp, q, optimal, precision) if solved else math.nan)
-        horizons.append(horizon_of(k, gaps[-1] / return_range, mdp.actions))
-        q = q_iteration(mdp, q)
-    return Analysis(random_return, float(mdp.initial @ optimal[0].max(-1)), float(mdp.initial @ worst_q(mdp)[0].min(-1)), min_k,
-                    minimum_k(mdp, reward_q(mdp), max_k, precision), tuple(returns), tuple(gaps), tuple(horizons), min(horizons))
-
-
-def suboptimal(optimal: np.ndarray, precision: float = PRECISION) -> np.ndarray:
-    """[T, S, A] bool from the optimal Q."""
-    return optimal < optimal.max(-1, keepdims=True) - precision
-
-
-def solvable(mdp: MDP, q: np.ndarray, optimal: np.ndarray, precision: float = PRECISION) -> bool:
-    """Whether every policy that is greedy for q is optimal: no suboptimal greedy action can be met from the start, ties followed."""
-    greedy = greedy_actions(q)
-    return not (greedy & suboptimal(optimal, precision) & reachable(mdp, greedy)[..., None]).any()
-
-
-def minimum_k(mdp: MDP, q: np.ndarray, max_k: int | None = None, precision: float = PRECISION) -> int | None:
-    """The smallest k for which the (k-1)-fold Q-value iteration of q solves the problem; None if none up to max_k (default: the horizon)."""
-    optimal = optimal_q(mdp)
-    for k in range(1, (mdp.horizon if max_k is None else max_k) + 1):
-        if solvable(mdp, q, optimal, precision):
-            return k
-        q = q_iteration(mdp, q)
-    return None
-
-
-def approximate_k(mdp: MDP, slack: float, max_k: int | None = None) -> int | None:
-    """The smallest k whose worst greedy policy returns at least J* - slack |J*| (for J* > 0: (1 - slack) J*)."""
-    q, best = random_q(mdp), float(mdp.initial @ optimal_q(mdp)[0].max(-1))
-    for k in range(1, (mdp.horizon if max_k is None else max_k) + 1):
-        if guaranteed_return(mdp, greedy_actions(q)) >= best - slack * abs(best) - TIE * max(1.0, abs(best)):
-            return k
-        q = q_iteration(mdp, q)
-    return None
-
-
-def k_gap(mdp: MDP, q: np.ndarray, optimal: np.ndarray, precision: float = PRECISION) -> float:
-    """Delta_k: the least lead of the best action over the best suboptimal one in Q^k, over the states that greedy play can meet.
-
-    inf if no such state has a suboptimal action.
-    """
-    behind = np.where(suboptimal(optimal, precision), q, -np.inf).max(-1)
-    met = reachable(mdp, greedy_actions(q))
-    return float((q.max(-1) - behind)[met].min())
-
-
-def horizon_of(k: int, gap: float, actions: int) -> float:
-    """H_k = k + log_A(1 / gap^2); k itself for an infinite gap, inf for nan (not solvable) and for a gap of 0."""
-    if math.isnan(gap) or gap <= 0:
-        return math.inf
-    return float(k) if math.isinf(gap) or actions == 1 else k + max(0.0, -2 * math.log(gap) / math.log(actions))
-
-
-def deterministic_horizon(mdp: MDP, precision: float = PRECISION) -> tuple[float, dict[int, int]]:
-    """(H, {k: m_k}): the effective horizon of a deterministic problem by a simple variance bound, H = min_k k + log_A m_k.
-
-    m_k = max over met (t, s) of ceil(16 var / gap^2 ln(2 T A^k)), at least 1; var bounds the variance of a random roll-out's return by
-    (Q^1 - Q_worst)(Q* - Q_worst), carried back by max with each step. Only k below the best H so far (first: T) is tried.
-    """
-    if not mdp.deterministic:
-        raise UserError("deterministic_horizon: some action has several outcomes; use analyse(mdp).effective_horizon")
-    T, A = mdp.horizon, mdp.actions
-    q, optimal, worst = random_q(mdp), optimal_q(mdp), worst_q(mdp)
-    bad = suboptimal(optimal, precision)
-    var = (q - worst) * (optimal - worst)
-    best, samples, k = float(T), {}, 1
-    while k < best:
-        behind = np.where(bad, q, -np.inf).max(-1)
-        lead = q.max(-1) - behind
-        met = reachable(mdp, q > behind[..., None] + TIE)
-        if (lead[met] > TIE).all():
-            spread = 16 * var.max(-1)[met] / lead[met] ** 2 * math.log(2 * T * float(A) ** k)
-            samples[k] = max(1, math.ceil(spread.max()))
-            best = min(best, k + math.log(samples[k]) / math.log(A))
-        q = q_iteration(mdp, q)
-        following = mdp.next_state.reshape(mdp.states, A)
-        var = np.stack([*(v.max(-1)[following] for v in var[1:]), var[-1]])
-        k += 1
-    return best, samples
-
-
-def sample_bound(k: int, horizon: int, effective: float, actions: int, complexity: float, error: float, amplification: float = 1.0) -> float:
-    """k T^3 alpha^(2(k-1)) A^(H_k) D / eps: environment steps after which SQIRL is eps-optimal, up to constants and logarithms."""
-    return k * horizon**3 * amplification ** (2 * (k - 1)) * actions**effective * complexity / error
-
-
-# ---- learning from episodes --------------------------------------------------------------------------------------------------------
-def table(states: int, unseen: float | None = None) -> Callable:
-    """REGRESS by averaging per (state, action). Pairs without data predict `unseen`, or the mean of all targets if None."""
-    def regress(observations, actions, targets, n_actions):
-        cell = observations * n_actions + actions
-        count, total = (np.bincount(cell, w, states * n_actions) for w in (None, targets))
-        rest = targets.mean() if unseen is None else unseen
-        means = np.where(count > 0, total / np.maximum(count, 1), rest).reshape(states, n_actions)
-        return lambda observations: means[observations]
-    return regress
-
-
-def per_action(make: Callable) -> Callable:
-    """REGRESS with one regressor per action; make() returns an object with scikit-learn's fit and predict. Actions without data predict the mean."""
-    def regress(observations, actions, targets, n_actions):
-        flat = observations.reshape(len(observations), -1)
-        models = [make().fit(flat[actions == a], targets[actions == a]) if (actions == a).any() else None for a in range(n_actions)]
-        rest = targets.mean()
-        return lambda x: np.stack([np.full(len(x), rest) if m is None else m.predict(x.reshape(len(x), -1)) for m in models], -1)
-    return regress
+Count = Annotated[int, Field(gt=0)]
 
 
 @dataclass
@@ -209,23 +78,146 @@ class Sqirl:
         return {"return": float(data.rewards.sum(1).mean()), "reached": float(data.alive[:, i].mean()), "steps": self.steps}
 
 
-def gorp(sampler: Callable, depth: int, episodes: int, rng: np.random.Generator, discount: float = 1.0) -> tuple[list[int], int]:
-    """(actions, environment steps): the open-loop plan of greedy over random policy, for deterministic problems.
+def gorp_step(sampler: Callable, plan: list[int], depth: int, episodes: int, rng: np.random.Generator, discount: float = 1.0):
+    """(next action, environment steps, metrics) of an open-loop plan for a deterministic problem.
 
-    At each time step every sequence of `depth` actions is tried in `episodes` episodes that end at random; the first action of the sequence with the
-    best mean reward to go is kept, the first in lexicographic order among ties.
+    Every sequence of `depth` actions is tried after `plan`, in `episodes` episodes that end at random; the first action of the sequence with the best
+    mean reward to go is taken, the first in lexicographic order among ties.
     """
+    best, value, steps, reached, i = 0, -math.inf, 0, False, len(plan)
+    for sequence in itertools.product(range(sampler.actions), repeat=min(depth, sampler.horizon - i)):
+        forced = [*plan, *sequence]
+        data = sampler(episodes, lambda t, x: np.full(len(x), forced[t]) if t < len(forced) else rng.integers(sampler.actions, size=len(x)), rng)
+        mean, steps, reached = data.returns_to_go(discount)[:, i].mean(), steps + data.steps, reached or data.alive[:, i].any()
+        if mean > value:
+            best, value = sequence[0], mean
+    return best, steps, {"to_go": float(value), "reached": float(reached)}
+
+
+def gorp(sampler: Callable, depth: int, episodes: int, rng: np.random.Generator, discount: float = 1.0) -> tuple[list[int], int]:
+    """(actions, environment steps): greedy over random policy, until the horizon or until no episode lives any more."""
     plan, steps = [], 0
-    for i in range(sampler.horizon):
-        best, value = 0, -math.inf
-        for sequence in itertools.product(range(sampler.actions), repeat=min(depth, sampler.horizon - i)):
-            forced = plan + list(sequence)
-            data = sampler(episodes, lambda t, x: np.full(len(x), forced[t]) if t < len(forced) else rng.integers(sampler.actions, size=len(x)), rng)
-            mean = data.returns_to_go(discount)[:, i].mean()
-            steps += data.steps
-            if mean > value:
-                best, value = sequence[0], mean
-        plan.append(best)
-        if not data.alive[:, i].any():
+    while len(plan) < sampler.horizon:
+        action, used, metrics = gorp_step(sampler, plan, depth, episodes, rng, discount)
+        steps += used
+        if not metrics["reached"]:
             break
+        plan.append(action)
     return plan, steps
+
+
+# ---- recipes: one step settles the action of one more time step --------------------------------------------------------------------------
+class Regressor(Part):
+    """REGRESS. A plain function (observations, actions, targets, n_actions) -> function(observations) -> Q can stand here."""
+
+    slot: ClassVar[str] = "regressor"
+    call: ClassVar[tuple[str, ...]] = ("observations", "actions", "targets", "n_actions")
+
+    @classmethod
+    def from_function(cls, function, call):
+        live = cls()
+        live.build = lambda states: function
+        return live
+
+    def build(self, states: int) -> Callable:
+        raise NotImplementedError
+
+
+@part("table")
+class Table(Regressor):
+    """The mean target of every (state, action); pairs without data predict `unseen`, or the mean of all targets."""
+
+    unseen: float | None = None
+
+    def build(self, states):
+        return table(states, self.unseen)
+
+
+@dataclass(frozen=True, eq=False)
+class _ByTime(Recipe):
+    """What SQIRL and GORP share. episodes: per time step (SQIRL) or per action sequence (GORP); depth: k."""
+
+    wing: ClassVar[str] = "planning"
+    depth: Count = 1
+    episodes: Count = 100
+
+    def validate(self, task=None):
+        super().validate(task)
+        if not isinstance(task, TabularTask):
+            raise UserError(f"{self.part_name}: task {task.label() if task else None} has no transition table; accepted: a tabular task such as "
+                            "table:FrozenLake-v1, lock or mdp:FILE")
+
+    def start(self, run):
+        return _Live(self, run)
+
+
+@part("sqirl")
+class SqirlRecipe(_ByTime):
+    """Shallow Q-iteration via reinforcement learning."""
+
+    regress: Regressor = Table()
+
+
+@part("gorp")
+class Gorp(_ByTime):
+    """Greedy over random policy: an open-loop plan, for deterministic problems."""
+
+
+class _Live:
+    """Learns from sampled episodes, is evaluated exactly. tables [i, S, A]: Q (SQIRL) or the chosen action's indicator (GORP) for i time steps."""
+
+    def __init__(self, recipe, run):
+        self.recipe, self.rng = recipe, run.rng("episodes")
+        self.mdp = run.config.task.mdp(run.seed)
+        self.sampler, self.tables, self.steps, self.finished = TabularSampler(self.mdp), [], 0, False
+        self.regress = run.start("regress", recipe.regress).build(self.mdp.states) if isinstance(recipe, SqirlRecipe) else None
+
+    def step(self):
+        if self.regress is None:
+            plan = [int(q[0].argmax()) for q in self.tables]
+            action, steps, metrics = gorp_step(self.sampler, plan, self.recipe.depth, self.recipe.episodes, self.rng, self.mdp.discount)
+            self.tables.append(np.tile(np.eye(self.mdp.actions)[action], (self.mdp.states, 1)))
+            self.steps += steps
+        else:
+            learner = Sqirl(self.sampler, self.regress, self.recipe.depth, self.recipe.episodes, self.mdp.discount,
+                            [lambda s, q=q: q[s] for q in self.tables])
+            metrics = learner.iterate(self.rng)
+            self.tables.append(np.asarray(learner.frozen[-1](np.arange(self.mdp.states)), dtype=float))
+            self.steps += learner.steps
+        self.finished = len(self.tables) == self.mdp.horizon
+        return {**metrics, "steps": self.steps}
+
+    def policy(self):
+        """[T, S, A]: greedy where settled, uniform after."""
+        settled = [np.eye(self.mdp.actions)[q.argmax(-1)] for q in self.tables]
+        rest = np.full((self.mdp.horizon - len(settled), self.mdp.states, self.mdp.actions), 1 / self.mdp.actions)
+        return np.concatenate([np.reshape(settled, (len(settled), *rest.shape[1:])), rest])
+
+    def evaluate(self):
+        """return: expected, exactly; share: of the way from random play (0) to the optimum (1); steps: environment steps used."""
+        value = float(self.mdp.initial @ policy_evaluation(self.mdp, self.policy())[0])
+        chance, best = self.mdp.initial @ random_q(self.mdp)[0].mean(-1), self.mdp.initial @ optimal_q(self.mdp)[0].max(-1)
+        return {"value": value, "share": float((value - chance) / (best - chance)) if best > chance else 1.0, "steps": float(self.steps)}
+
+    def product(self):
+        return {"policy": Tables(policy=self.policy(), tables=np.reshape(self.tables, (-1, self.mdp.states, self.mdp.actions)))}
+
+    def state_dict(self):
+        return {"tables": list(self.tables), "steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.tables, self.steps = list(state["tables"]), state["steps"]
+        self.finished = len(self.tables) == self.mdp.horizon
+
+
+sqirl, sticky_lake = SqirlRecipe(episodes=4000), ToyText(horizon=20, repeat=0.25, options={"is_slippery": False})
+claim = Claim(
+    says="one greedy step on the random policy's Q function solves a problem with sticky actions, where open-loop planning from as many samples "
+         "does not; where one step misleads, one more step of Q-value iteration is enough",
+    arms={"sqirl": Arm(sqirl, task=sticky_lake), "gorp": Arm(Gorp(episodes=1500), task=sticky_lake),  # about 10 % more steps for GORP
+          "trap-1": Arm(sqirl, task=Trap(chance=0.8)), "trap-2": Arm(sqirl(depth=2), task=Trap(chance=0.8))},
+    steps=20, seeds=5, equal="environment steps", minutes=1, quick={"seeds": 2}, expects=("sqirl > gorp on share", "trap-2 > trap-1 on share"))
+
+method("effective-horizon", SqirlRecipe(), title="Is random exploration enough? Shallow Q-iteration by regression", source="arXiv 2312.08369",
+       claim=claim)
+method("gorp", Gorp(), title="Open-loop planning by random completion", source="arXiv 2312.08369")
