@@ -41,7 +41,7 @@ class Evaluation(Part):
 
     def __post_init__(self):
         super().__post_init__()
-        if max(self.ks) > self.samples:
+        if not self.ks or max(self.ks) > self.samples:
             raise UserError(f"evaluation.ks={list(self.ks)}: pass@k needs evaluation.samples >= k, and samples={self.samples}")
 
 

@@ -155,10 +155,13 @@ class Objective(Part):
 class Filter(Part):
     """Keeps or drops whole groups, and mutes single rows: the live object maps a batch to (keep [N] bool, train [N] bool).
 
-    refill: sample again until the batch is full; max_rounds: give up with an error after so many rounds (0: never).
+    refill: sample again until the batch is full; max_rounds: give up with an error after so many rounds (0: never). A live object (from
+    `start`) may keep state; those two are read from the description.
     """
 
     slot: ClassVar[str] = "filter"
+    refill = False
+    max_rounds = 0
 
 
 class Critic(Part):
