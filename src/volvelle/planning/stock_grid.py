@@ -6,7 +6,8 @@ total by discount^t R; when that is no whole number of cells the law is interpol
 
 Error. Let f be L-Lipschitz, h the spacing and H the horizon. sup_pi E f(B + ...) is L-Lipschitz in B, so one interpolation costs at most
 2 w (1 - w) L h <= L h / 2 and averaging never enlarges errors: values are within H L h / 2 of the truth (`value_bound`), and exact when
-rewards fall on the grid; a start between grid points adds L h / 2. Acting greedily by one step of look-ahead on the interpolated values loses at most L h H (H + 1) / 2 (`policy_bound`).
+rewards fall on the grid; a start between grid points adds L h / 2. Acting greedily by one step of look-ahead on the interpolated values loses at
+most L h H (H + 1) / 2 (`policy_bound`).
 """
 from __future__ import annotations
 
