@@ -82,8 +82,7 @@ def maximise_cvar_on_grid(mdp: MDP, tau: float, points: int | None = None, spaci
     stocks = grid.totals[(grid.totals >= plan.starts[0] - 1e-9) & (grid.totals <= plan.starts[1] + 1e-9)]
     outer = -stocks + sum(p * plan.value(s, stocks) for s, p in enumerate(mdp.initial) if p > 0) / tau
     best = int(outer.argmax())
-    bound = grid.value_bound(1.0, mdp.horizon) / tau + grid.spacing / 2 * max(1.0, 1 / tau - 1)
-    return float(outer[best]), float(stocks[best]), plan, bound
+    return float(outer[best]), float(stocks[best]), plan, grid.cvar_bound(tau, mdp.horizon)
 
 
 def _share(tau):

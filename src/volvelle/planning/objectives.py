@@ -14,6 +14,7 @@ from . import functionals as f
 from .distributions import Laws, cvar, expectation
 from .mdp import MDP
 from .stock import achievable_returns
+from .stock_grid import StockGrid
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -42,6 +43,11 @@ class ReturnObjective(Part):
     def outer(self, stocks, values) -> np.ndarray:
         """[k]: how good each start stock is, given the functional's values [k] from there."""
         return values
+
+    def grid_error(self, grid: StockGrid, horizon: int) -> float | None:
+        """How far the value on a stock grid may be from the truth; None if no bound is known."""
+        lipschitz = getattr(self.functional(), "lipschitz", None)
+        return None if lipschitz is None else grid.value_bound(lipschitz, horizon) + lipschitz * grid.spacing / 2
 
     def judge(self, law: Laws, stock) -> float:
         """The number the user asked for, from the law [1] of the return."""
@@ -125,6 +131,9 @@ class Cvar(ReturnObjective):
 
     def outer(self, stocks, values):
         return -stocks + values / self.tau
+
+    def grid_error(self, grid, horizon):
+        return grid.cvar_bound(self.tau, horizon)
 
     def judge(self, law, stock):
         return float(cvar(law, self.tau)[0])

@@ -43,6 +43,10 @@ class StockGrid:
     def policy_bound(self, lipschitz: float, horizon: int) -> float:
         return lipschitz * self.spacing * horizon * (horizon + 1) / 2
 
+    def cvar_bound(self, tau: float, horizon: int) -> float:
+        """For the outer maximum of CVaR: each inner value counts 1 / tau, and the best start stock may lie between grid points."""
+        return self.value_bound(1.0, horizon) / tau + self.spacing / 2 * max(1.0, 1 / tau - 1)
+
     def place(self, total) -> tuple[np.ndarray, np.ndarray]:
         """(left cell, fraction towards its right neighbour); UserError outside the grid."""
         position = (np.asarray(total, dtype=float) - self.low) / self.spacing

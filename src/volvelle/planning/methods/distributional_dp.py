@@ -190,8 +190,10 @@ class _OnGrid:
                               np.concatenate([w * e.weights for w, e in zip(weight, entries)]), 1)
 
     def evaluate(self):
+        """What the grid's own model says; grid_error: how far `value` may be from the truth, where a bound is known."""
         stock, law = self.choose()
-        return {"value": self.objective.judge(law, stock), **describe(law, self.recipe.taus)}
+        error = self.objective.grid_error(self.sweeps.grid, self.mdp.horizon)
+        return {"value": self.objective.judge(law, stock), **describe(law, self.recipe.taus)} | ({} if error is None else {"grid_error": error})
 
     def product(self):
         grid = self.sweeps.grid
