@@ -73,6 +73,7 @@ class Logged(Sampler):
 
     group: Count = 1
     temperature: float = 1.0
+    makes = (FORCED,)
 
     def start(self, run):
         return LiveLogged(self, run)

@@ -56,10 +56,11 @@ class Curriculum(Part):
 class Sampler(Part):
     """Makes rollouts: the live object has `sample(prompts) -> list[Rollout]`, grouped by prompt (Rollout.group is set by the loop).
 
-    `group` is the number of rollouts per prompt.
+    `group` is the number of rollouts per prompt; `makes`: roles of the tokens that can carry loss in what it makes.
     """
 
     slot: ClassVar[str] = "sampler"
+    makes: ClassVar[tuple[int, ...]] = (POLICY,)
 
 
 class Reward(Part):
