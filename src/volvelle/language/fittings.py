@@ -12,7 +12,7 @@ from volvelle.core.parts import Part, part
 from volvelle.core.schedule import Schedule, at
 from volvelle.core.trainable import AdamW, Optimiser
 
-from .advantages import group_index, group_mean
+from .advantages import group_index, group_low, group_mean
 from .batching import split
 from .objectives import Aggregation, aggregate
 from .records import POLICY, Batch
@@ -27,9 +27,7 @@ Count = Annotated[int, Field(gt=0)]
 def homogeneous(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """[N] bool: the row's group has one value throughout (groups of one row do not count as homogeneous)."""
     index, count = group_index(groups)
-    low = torch.full((len(count),), torch.inf, device=values.device).scatter_reduce(0, index, values, "amin")
-    high = torch.full((len(count),), -torch.inf, device=values.device).scatter_reduce(0, index, values, "amax")
-    return ((low == high) & (count > 1))[index]
+    return ((group_low(values, index, count) == -group_low(-values, index, count)) & (count > 1))[index]
 
 
 @part("drop")
