@@ -134,8 +134,8 @@ class LiveKL:
 
     def penalty(self, batch: Batch) -> torch.Tensor:
         """[N, T] to add to the token rewards."""
-        kl = kl_estimate(batch.old.logps, batch.reference.logps, self.part.estimator) * batch.acted((POLICY,))
-        return -self.coefficient(batch.step) * kl
+        kl = kl_estimate(batch.old.logps, batch.reference.logps, self.part.estimator)
+        return -self.coefficient(batch.step) * torch.where(batch.acted((POLICY,)), kl, 0.0)
 
     def loss(self, scores, batch: Batch) -> torch.Tensor:
         return self.coefficient(batch.step) * kl_estimate(scores.logps, batch.reference.logps, self.part.estimator)
@@ -143,7 +143,8 @@ class LiveKL:
     def update(self, batch: Batch) -> None:
         if self.adaptive:
             mask = batch.acted((POLICY,))
-            self.adaptive.observe(float(((batch.old.logps - batch.reference.logps) * mask).sum(1).mean()), len(batch))
+            kl = torch.where(mask, batch.old.logps - batch.reference.logps, 0.0)
+            self.adaptive.observe(float(kl.sum(1).mean()), len(batch))
 
 
 # ------------------------------------------------------------------------------------------------------------------- critic
