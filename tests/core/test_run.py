@@ -7,6 +7,7 @@ import pytest
 import torch
 import toys
 import yaml
+from helpers import python
 
 import volvelle
 from volvelle import cli
@@ -146,13 +147,32 @@ def evil(tmp_path, monkeypatch):
 def test_a_configuration_that_names_foreign_code_imports_nothing(tmp_path, evil, shape):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(foreign(shape)))
-    for allowed in ((), ("toys",), ("toy",)):
+    for allowed in ((), ("toys",)):
         with pytest.raises(UserError, match="--allow-code toy_evil"):
             read_config(path, allowed)
     assert not evil.exists() and "toy_evil" not in sys.modules
     if shape != "term":
         assert read_config(path, ("toy_evil",)).recipe.reward.name == "toy_evil:boom"
         assert evil.exists()
+
+
+@pytest.mark.slow
+def test_parts_of_ones_own_module_are_found_again_with_allow_code(tmp_path):
+    """In a fresh process, where nothing but the configuration names them."""
+    made = volvelle.train(grpo(reward="toy-window"), "tree", folder=tmp_path / "run", steps=1, overrides=SMALL)
+    code = """
+import sys, volvelle
+try:
+    volvelle.train(resume=sys.argv[1])
+except volvelle.UserError as error:
+    print(error)
+print(volvelle.train(resume=sys.argv[1], allow_code=["toys"], steps=2).result["steps"])
+"""
+    done = python(code, made.folder)
+    refused, steps = done.stdout.splitlines() or [done.stderr, ""]
+    assert "unknown reward part 'toy-window'" in refused and steps == "2"
+    with pytest.raises(UserError, match="allow_code=toyz: no module named 'toyz'"):
+        read_config(made.folder, ("toyz",))
 
 
 def test_after_reading_a_configuration_code_may_be_named_again(tmp_path, evil):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import platform
 import subprocess
@@ -63,7 +64,7 @@ def read_config(path: str | Path, allow_code: tuple[str, ...] = ()) -> RunConfig
     """The configuration of a run folder (or of a YAML file).
 
     A configuration that names code outside volvelle and its entry points is refused unless its module is in `allow_code`:
-    reading it would import that code.
+    reading it would import that code. The modules in `allow_code` are imported first, so that the parts they register are known.
     """
     path = Path(path)
     file = path / "config.yaml" if path.is_dir() else path
@@ -73,6 +74,11 @@ def read_config(path: str | Path, allow_code: tuple[str, ...] = ()) -> RunConfig
     if not isinstance(data, dict) or "recipe" not in data:
         raise UserError(f"{file}: not a run configuration (no 'recipe')")
     registry.load()
+    for module in allow_code:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise UserError(f"allow_code={module}: no module named {error.name!r}") from error
 
     def guard(module: str, target: str) -> None:
         if module.split(".")[0] not in registry.trusted and module not in allow_code:

@@ -17,6 +17,7 @@ from volvelle.core.errors import RunStopped, UserError
 from volvelle.core.statistics import mean_interval, pass_at_k
 
 from .batching import make_batch, minibatches, split
+from .fittings import Coefficient
 from .objectives import aggregate
 from .recipe import LanguageRecipe
 from .records import POLICY, Batch, Prompt, Rollout, Scores
@@ -56,9 +57,10 @@ class LanguageLearner:
         self.losses = {name: run.start("objective" if name == "objective" else f"terms.{name}", o) for name, o in recipe.losses().items()}
         self.temperature = recipe.sampler.temperature or 1.0
         self.size = self.policy.parameters
-        updates, kl_in_reward = recipe.updates, recipe.kl is not None and recipe.kl.place == "reward"
+        updates, kl = recipe.updates, recipe.kl
+        kl_sees_old = kl is not None and (kl.place == "reward" or isinstance(kl.coefficient, Coefficient))
         # With one update per batch the policy that is updated *is* the old policy: its log-probs come with the loss's own pass.
-        self.one_update = updates.epochs == 1 and updates.minibatch is None and not kl_in_reward and "old" not in recipe.sampling_needs
+        self.one_update = updates.epochs == 1 and updates.minibatch is None and not kl_sees_old and "old" not in recipe.sampling_needs
 
     # ---------------------------------------------------------------------------------------------------------------- the step
 
@@ -142,7 +144,7 @@ class LanguageLearner:
         needs, roles = self.recipe.needs, self.roles()
         keep = batch.acted(roles)
         if "old" in needs and not self.one_update:
-            stats = frozenset().union(*(getattr(o, "old_needs", ()) for o in self.recipe.losses().values()))
+            stats = self.old_needs()
             inexact = ~(batch.exact & self.policy.steps_exactly) | (keep & ~batch.acted((POLICY,))).any(1)
             if stats or inexact.all():
                 batch.old = self.score_in_parts(self.policy, batch, keep, stats)
@@ -157,6 +159,10 @@ class LanguageLearner:
             batch.reference = self.score_in_parts(self.run.reference(), batch, keep)
         if self.critic is not None:
             batch.values = self.critic.values(batch)
+
+    def old_needs(self) -> frozenset[str]:
+        """Statistics (entropy, mean_logp) that some loss wants of the old policy."""
+        return frozenset().union(*(getattr(o, "old_needs", ()) for o in self.recipe.losses().values()))
 
     def roles(self) -> tuple[int, ...]:
         """Roles of tokens that some loss acts on, policy tokens always among them."""
@@ -206,11 +212,12 @@ class LanguageLearner:
             mini.advantages = (a - a.mean()) / (a.std() + 1e-8)
         weights = self.weights(mini)
         keep = torch.stack([w > 0 for w in weights.values()]).any(0)
+        needs = self.recipe.loss_needs | (self.old_needs() if self.one_update else frozenset())
         metrics: dict[str, float] = defaultdict(float)
         for rows in split(mini, self.recipe.updates.micro_tokens, "groups" in self.recipe.loss_needs):
             micro = mini.select(rows)
             width = micro.ids.shape[1]
-            scores = self.policy.score(micro, keep[rows][:, :width], self.recipe.loss_needs, self.temperature)
+            scores = self.policy.score(micro, keep[rows][:, :width], needs, self.temperature)
             if self.one_update:
                 micro.old = scores.detach()
             total = 0.0
