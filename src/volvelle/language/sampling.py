@@ -108,6 +108,7 @@ def generate(policy: Any, prompts: list[Prompt], count: int, sampling: Sampling,
     for i in range(total):
         row = ids[i, : length[i]].tolist()
         text, finished = stops.text(row)
+        finished = finished or len(row) == policy.complete_at
         out.append(Rollout(prompts[i // count], row, text, logps[i, : length[i]].clone(), "stop" if finished else "length",
                            entropy=spreads[i, : length[i]].clone() if entropy else None, exact=sampling.plain, group=i // count))
     return out
