@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -100,8 +100,22 @@ def moments(game: Game, profile: Profile, player: int) -> tuple[Float[np.ndarray
     """Mean of each own action and their covariance over the others' joint action: Sigma_jk = sum_b q_b (M_jb - m_j)(M_kb - m_k)."""
     table, q = game.table(player), others(profile, player)
     mean = table @ q
-    spread = (table - mean[:, None]) * np.sqrt(q)
-    return mean, spread @ spread.T
+    centred = table - mean[:, None]
+    covariance = (centred * q) @ centred.T
+    return mean, (covariance + covariance.T) / 2
+
+
+def outcomes(game: Game, profile: Profile, floor: float = 0.0) -> dict[str, Float[np.ndarray, "players"]]:
+    """What each player gets when the others tremble by `floor`: "mean", "variance" (over the others' actions) and "worst", its
+    expected payoff at the worst joint action that the others play with positive probability."""
+    rest = [tremble(p, floor) for p in profile]
+    found: dict[str, list[float]] = {"mean": [], "variance": [], "worst": []}
+    for i, p in enumerate(profile):
+        received, q = p @ game.table(i), others(rest, i)
+        found["mean"].append(received @ q)
+        found["variance"].append(q @ (received - received @ q) ** 2)
+        found["worst"].append(received[q > 0].min())
+    return {name: np.array(values) for name, values in found.items()}
 
 
 def exploitability(game: Game, profile: Profile) -> float:
@@ -174,17 +188,17 @@ def nash_equilibria(game: Game) -> list[Profile]:
     return [[np.asarray(p), np.asarray(q)] for p, q in nashpy.Game(*game.payoffs).support_enumeration()]
 
 
-def nash(game: Game) -> Profile:
+def nash(game: Game, select: Literal["first", "welfare"] = "first") -> Profile:
     """One Nash equilibrium of two players: by linear programming if zero-sum, else by a mixed-integer program (fit for some 30
-    actions each). For more players solve the risk-averse equilibrium at gamma 0 (planning.methods.rae)."""
+    actions each), which takes the first it finds or the one with the largest sum of payoffs (each player's scaled to [0, 1]). For more players solve the risk-averse equilibrium at gamma 0 (planning.methods.rae)."""
     if game.players != 2:
         raise UserError(f"{game.name}: nash() takes two players, this game has {game.players}; use rae.solve with gamma=0, floor=0")
-    return list(solve_zero_sum(game.payoffs[0])[:2]) if game.zero_sum else _nash_milp(game)
+    return list(solve_zero_sum(game.payoffs[0])[:2]) if game.zero_sum else _nash_milp(game, select)
 
 
-def _nash_milp(game: Game) -> Profile:
-    """Feasibility program over p, q, the two values and one binary per action ("the action is not played"), then the two linear
-    programs of the supports found, which sharpen the answer to machine precision."""
+def _nash_milp(game: Game, select: str) -> Profile:
+    """Feasibility program over p, q, the two values and one binary per action ("the action is not played"). The supports it finds
+    are solved again by linear programming, to machine precision; supports that hold only within the program's tolerance are cut off."""
     rows, columns = game.sizes
     n = rows + columns
     low, spread = game.payoffs.min((1, 2)), np.maximum(np.ptp(game.payoffs, (1, 2)), 1e-12)
@@ -197,25 +211,34 @@ def _nash_milp(game: Game) -> Profile:
     sums[0, :rows], sums[1, rows:n] = 1, 1
     played = np.hstack([np.eye(n), np.zeros((n, 2)), np.eye(n)])
     limits = Bounds(0, np.concatenate([np.ones(n), [2, 2], np.ones(n)]))
-    found = milp(np.zeros(2 * n + 2), integrality=np.concatenate([np.zeros(n + 2), np.ones(n)]), bounds=limits, constraints=[
-        LinearConstraint(sums, 1, 1), LinearConstraint(value, 0, np.inf), LinearConstraint(value - binary, -np.inf, 0),
-        LinearConstraint(played, 0, 1)])
-    if found.x is None:
-        raise RuntimeError(f"{game.name}: the equilibrium program failed ({found.message})")
-    out = found.x[n + 2:] > 0.5
+    rules = [LinearConstraint(sums, 1, 1), LinearConstraint(value, 0, np.inf), LinearConstraint(value - binary, -np.inf, 0),
+             LinearConstraint(played, 0, 1)]
+    goal = np.zeros(2 * n + 2)
+    goal[[n, n + 1]] = {"first": 0, "welfare": -1}[select]
+    for _ in range(1000):
+        found = milp(goal, integrality=np.concatenate([np.zeros(n + 2), np.ones(n)]), bounds=limits, constraints=rules)
+        if found.x is None:
+            break
+        out = found.x[n + 2:] > 0.5
+        p, q = _indifferent(b.T, ~out[rows:], ~out[:rows]), _indifferent(a, ~out[:rows], ~out[rows:])
+        if p is not None and q is not None:
+            return [p, q]
+        rules.append(LinearConstraint(np.concatenate([np.zeros(n + 2), np.where(out, -1, 1)]), 1 - out.sum(), np.inf))
+    raise RuntimeError(f"{game.name}: the equilibrium program ended without an answer ({found.message})")
 
-    def support(table, mine, theirs):                       # the opponent's q that makes `mine` best, itself on `theirs`
-        size, width = table.shape
-        gap = np.hstack([table, -np.ones((size, 1))])
-        bounds = [(0, 1 if t else 0) for t in theirs] + [(None, None)]
-        solved = linprog(np.zeros(width + 1), A_ub=gap, b_ub=np.zeros(size), A_eq=np.vstack([gap[mine], np.append(np.ones(width), 0)]),
-                         b_eq=np.append(np.zeros(mine.sum()), 1), bounds=bounds)
-        if solved.x is None:
-            raise RuntimeError(f"{game.name}: the equilibrium program gave supports that do not hold ({solved.message})")
-        q = np.maximum(solved.x[:-1], 0)
-        return q / q.sum()
 
-    return [support(b.T, ~out[rows:], ~out[:rows]), support(a, ~out[:rows], ~out[rows:])]
+def _indifferent(table: np.ndarray, best: np.ndarray, support: np.ndarray) -> np.ndarray | None:
+    """A distribution on the columns `support` that makes the rows `best` optimal, or None."""
+    size, width = table.shape
+    gap = np.hstack([table, -np.ones((size, 1))])
+    solved = linprog(np.zeros(width + 1), A_ub=gap, b_ub=np.zeros(size),
+                     A_eq=np.vstack([gap[best], np.append(np.ones(width), 0)]), b_eq=np.append(np.zeros(best.sum()), 1),
+                     bounds=[(0, 1 if s else 0) for s in support] + [(None, None)],
+                     options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10})
+    if solved.x is None:
+        return None
+    q = np.maximum(solved.x[:-1], 0)
+    return q / q.sum()
 
 
 def quantal_response(game: Game, rationality: float, steps: int = 40) -> Profile:

@@ -41,7 +41,7 @@ def maximise_quadratic(linear: Vector, quadratic: Matrix, floor: float = 0.0) ->
     if scale == 0:
         return np.full(n, 1 / n)
     m, q = linear / scale, quadratic / scale
-    p = np.full(n, floor)
+    p = np.full(n, float(floor))
     first = int(np.argmax(m))
     p[first] += 1 - n * floor
     free = [first]                                          # entries allowed to move; the others sit at the floor
@@ -165,8 +165,8 @@ def equilibrium(gradients: Callable[[list[np.ndarray]], list[np.ndarray]], start
     """A profile near `start` in which every p^i maximises its concave objective over the trembling simplex, the others held.
 
     `gradients(profile)` gives each player's gradient in its own p. The optimality conditions (p_j >= floor, gradient_j <= level,
-    one of them tight) are one system through the Fischer-Burmeister function, solved by Powell's method from `start`. It
-    converges locally; a caller must measure the residual of what comes back.
+    one of them tight) are one system through the Fischer-Burmeister function, solved from `start` by Powell's method. It converges
+    locally; a caller must measure the residual of what comes back.
     """
     sizes = [len(p) for p in start]
     cuts = np.cumsum(sizes)[:-1]
@@ -186,9 +186,13 @@ def equilibrium(gradients: Callable[[list[np.ndarray]], list[np.ndarray]], start
             rows += [above + slack - np.hypot(above, slack), [p.sum() - 1]]
         return np.concatenate(rows)
 
-    levels = [g.max() / scale for g in first]
-    found = root(system, np.concatenate([*start, levels]), method="hybr", options={"xtol": 1e-14, "maxfev": 4000})
-    profile = [np.maximum(p, floor) for p in split(found.x)[0]]
+    levels = np.array([g.max() / scale for g in first])
+    x = np.concatenate([*start, levels])
+    for method in ("hybr", "lm"):                           # Levenberg-Marquardt goes on where Powell's method stalls
+        x = root(system, x, method=method, options={"xtol": 1e-14}).x
+        if np.abs(system(x)).max() < 1e-12:
+            break
+    profile = [np.maximum(p, floor) for p in split(x)[0]]
     free = [1 - floor * n for n in sizes]
     return [floor + (p - floor) * f / s if (s := (p - floor).sum()) > 0 else np.full(len(p), 1 / len(p))
             for p, f in zip(profile, free, strict=True)]
