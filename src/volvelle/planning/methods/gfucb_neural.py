@@ -1,0 +1,124 @@
+"""GFUCB with a neural representation (arXiv 2205.15701): the practical form, where the class is a network with M linear heads.
+
+Per round: (a) a few steps of joint least squares give the fit; (b) optimism, either "optimistic": a copy of the network is trained for a few
+dozen steps to maximise sum_i max_a f_i(C_i, a) - multiplier [sum over data of (f - fit)^2 - beta]_+, the multiplier doubling while the constraint
+is violated, and the best iterate inside the set is played; or "bonus": the representation is frozen and the closed form of
+methods.gfucb gives the joint bonus; or "greedy": epsilon-greedy on the fit. Exact maximisation over a network is intractable: "optimistic" is a
+lower bound of it. Values are clipped to [-1, 1] and features to length 1, else gradient ascent finds wild extrapolations.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from ...core.errors import UserError
+from .gfucb import Beta, Fit, ball, gram, optimistic, widths
+
+
+class SharedNet(torch.nn.Module):
+    """A trunk shared by all tasks, features of length at most 1, one linear head per task."""
+
+    def __init__(self, size: int, tasks: int, rank: int, hidden: Sequence[int], generator: torch.Generator):
+        super().__init__()
+        sizes = [size, *hidden, rank]
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.heads = torch.nn.Parameter(torch.randn(tasks, rank, generator=generator) / rank**0.5)
+        for layer in self.layers:
+            with torch.no_grad():
+                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * (2 / layer.in_features) ** 0.5)
+                layer.bias.zero_()
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[:-1]:
+            x = torch.relu(layer(x))
+        x = self.layers[-1](x)
+        return x / x.norm(dim=-1, keepdim=True).clamp(min=1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., M, K, d], the inputs of each task -> values [..., M, K]."""
+        return (self.features(x) * self.heads[:, None]).sum(-1)
+
+
+class NeuralGfucb:
+    """Plays bandits whose inputs are vectors [X, d]. groups: which tasks share a network and a ball (default: all)."""
+
+    def __init__(self, inputs: Float[np.ndarray, "X d"], tasks: int, beta: Beta, generator: torch.Generator,
+                 mode: Literal["optimistic", "bonus", "greedy"] = "bonus", rank: int = 10, hidden: Sequence[int] = (32, 32),
+                 fit_steps: int = 20, ascent_steps: int = 30, learning_rate: float = 3e-3, weight_decay: float = 1.0, epsilon: float = 0.05, ridge: float = 1e-2,
+                 groups: Sequence[Sequence[int]] | None = None):
+        if mode not in ("optimistic", "bonus", "greedy"):
+            raise UserError(f"mode={mode!r}: accepted: optimistic, bonus, greedy")
+        self.inputs, self.beta, self.generator, self.mode = torch.as_tensor(inputs, dtype=torch.float32), beta, generator, mode
+        self.fit_steps, self.ascent_steps, self.learning_rate, self.epsilon, self.ridge = fit_steps, ascent_steps, learning_rate, epsilon, ridge
+        self.groups = [list(g) for g in groups] if groups else [list(range(tasks))]
+        self.nets = [SharedNet(self.inputs.shape[1], len(g), rank, hidden, generator) for g in self.groups]
+        self.optimisers = [torch.optim.AdamW(net.parameters(), learning_rate, weight_decay=weight_decay) for net in self.nets]
+        self.seen, self.rewards = np.zeros((0, tasks), int), np.zeros((0, tasks))
+
+    def choose(self, shown):
+        picked = np.zeros(len(shown), int)
+        for net, group in zip(self.nets, self.groups, strict=True):
+            inputs = self.inputs[torch.as_tensor(shown[group])]                        # [M, K, d]
+            radius = self.beta(len(self.seen), len(group))
+            if self.mode == "bonus":
+                picked[group] = self._bonus(net, group, shown[group], radius)
+            elif self.mode == "optimistic":
+                picked[group] = self._ascend(net, group, inputs, radius)
+            else:
+                with torch.no_grad():
+                    greedy = net(inputs).argmax(1)
+                chance = torch.randint(inputs.shape[1], greedy.shape, generator=self.generator)
+                explore = torch.rand(greedy.shape, generator=self.generator) < self.epsilon
+                picked[group] = torch.where(explore, chance, greedy).numpy()
+        return shown[np.arange(len(shown)), picked]
+
+    def observe(self, inputs, rewards):
+        self.seen, self.rewards = np.vstack([self.seen, inputs]), np.vstack([self.rewards, rewards])
+        for net, optimiser, group in zip(self.nets, self.optimisers, self.groups, strict=True):
+            x, y = self._data(group), torch.as_tensor(self.rewards[:, group].T, dtype=torch.float32)
+            for _ in range(self.fit_steps):
+                optimiser.zero_grad()
+                ((net(x) - y) ** 2).sum(0).mean().backward()
+                optimiser.step()
+
+    def _data(self, group) -> torch.Tensor:
+        return self.inputs[torch.as_tensor(self.seen[:, group].T)]                     # [M, t, d]
+
+    def _bonus(self, net, group, shown, radius):
+        with torch.no_grad():
+            features = net.features(self.inputs).double().numpy()[None]
+            heads = net.heads.double().numpy()[None]
+        counts = np.stack([np.bincount(self.seen[:, i], minlength=len(self.inputs)) for i in group]).astype(float)
+        inverses = gram(features, counts, self.ridge)
+        predictions = heads[0] @ features[0].T
+        region = ball(features, counts, Fit(0, heads, np.zeros(1), predictions), inverses, radius)
+        phi = features[:, shown]
+        return optimistic(np.einsum("pmak,pmk->pma", phi, region.centres), widths(phi, inverses), region.slack)[2]
+
+    def _ascend(self, net, group, inputs, radius):
+        moving = copy.deepcopy(net)
+        optimiser = torch.optim.Adam(moving.parameters(), self.learning_rate)
+        data = self._data(group)
+        with torch.no_grad():
+            anchor = net(data)
+            best, picked, multiplier = -np.inf, None, 1.0
+        for step in range(self.ascent_steps + 1):
+            values = moving(inputs).clamp(-1, 1)
+            excess = ((moving(data) - anchor) ** 2).sum() - radius
+            total = values.amax(1).sum()
+            if step == 0 or (excess <= 1e-6 * max(radius, 1.0) and total > best):
+                best, picked = float(total.detach()), values.argmax(1)
+            if step == self.ascent_steps:
+                break
+            multiplier = multiplier * 2 if excess > 0 else multiplier
+            optimiser.zero_grad()
+            (multiplier * torch.relu(excess) - total).backward()
+            torch.nn.utils.clip_grad_norm_(moving.parameters(), 10.0)
+            optimiser.step()
+        return picked.numpy()
