@@ -164,10 +164,11 @@ class Run:
         self.models[self._model_path(name)] = trainable
         return trainable
 
-    def lagged(self, source: Trainable, every: int | None = None, tau: float | None = None, name: str = "lagged") -> Lagged:
-        """A frozen copy that follows `source`; see Lagged."""
+    def lagged(self, source: Trainable, every: int | None = None, tau: float | None = None,
+               module: torch.nn.Module | None = None, name: str = "lagged") -> Lagged:
+        """A frozen copy (`module`, or one made here) that follows `source`; see Lagged."""
         path = self._model_path(name)
-        self.models[path] = made = Lagged(source, every, tau)
+        self.models[path] = made = Lagged(source, every, tau, module)
         return made
 
     def reference(self) -> Any:
@@ -177,6 +178,10 @@ class Run:
                 raise RuntimeError("reference() must be asked for in start(), before the policy moves")
             self._reference = self.policy.frozen_copy()
         return self._reference
+
+    def set_reference(self, policy: Any) -> None:
+        """Let a part provide the reference (one that is reset or lags); whoever asks later gets it."""
+        self._reference = policy
 
     def child(self, name: str, config: RunConfig) -> dict:
         """Train a sub-run under this run's folder and return its result; finished ones are read back, broken ones resumed."""

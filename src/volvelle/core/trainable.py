@@ -150,11 +150,12 @@ class Lagged:
     `.module` is the copy. `refresh()` copies at once.
     """
 
-    def __init__(self, source: Trainable, every: int | None = None, tau: float | None = None):
-        if (every is None) == (tau is None):
-            raise ValueError("give either every or tau")
+    def __init__(self, source: Trainable, every: int | None = None, tau: float | None = None,
+                 module: torch.nn.Module | None = None):
+        if every is not None and tau is not None:
+            raise ValueError("give every or tau, not both; neither means that only refresh() copies")
         self.source, self.every, self.tau, self.count = source, every, tau, 0
-        self.module = copy.deepcopy(source.module).requires_grad_(False).eval()
+        self.module = (copy.deepcopy(source.module) if module is None else module).requires_grad_(False).eval()
 
     def __call__(self, *args, **kwargs):
         with torch.no_grad():
@@ -174,7 +175,7 @@ class Lagged:
         self.count += 1
         if self.tau is not None:
             self.refresh(self.tau)
-        elif self.count % self.every == 0:
+        elif self.every is not None and self.count % self.every == 0:
             self.refresh()
 
     def state_dict(self) -> dict[str, Any]:

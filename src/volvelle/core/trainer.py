@@ -30,8 +30,8 @@ class Learner(Protocol):
     def step(self) -> dict[str, float]:
         """One period; returns metrics (undefined ones left out). May leave the policy as it is."""
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics on held-out data. Changes no state."""
+    def evaluate(self, task=None) -> dict[str, float]:
+        """Metrics on held-out data of the run's task, or of another task of its wing. Changes no state."""
 
     def product(self) -> dict[str, Any]:
         """What the run makes, by name ("policy", "actor", "reward"); each has `save(folder)`."""
@@ -138,7 +138,7 @@ def _fit(run: Run, learner: Learner, resume: bool, progress: Callable) -> Traine
                 raise RunStopped("the checkpoint written at step 0 does not read back as it was")
             _log(run, _evaluate(run, learner))
         with open_trackers(config, run.folder) as track:
-            while run.step < config.steps:
+            while run.step < config.steps and not getattr(learner, "finished", False):
                 clock = time.monotonic()
                 metrics = learner.step()
                 run.step += 1
@@ -147,7 +147,7 @@ def _fit(run: Run, learner: Learner, resume: bool, progress: Callable) -> Traine
                 if bad:
                     run.step -= 1
                     raise RunStopped(f"{bad} is {metrics[bad]}")
-                done = run.step == config.steps
+                done = run.step == config.steps or getattr(learner, "finished", False)
                 if done or (config.evaluate_every and run.step % config.evaluate_every == 0):
                     metrics |= _evaluate(run, learner)
                     _keep_best(run, learner, metric, metrics)
@@ -156,8 +156,6 @@ def _fit(run: Run, learner: Learner, resume: bool, progress: Callable) -> Traine
                 if done or (config.checkpoint_every and run.step % config.checkpoint_every == 0):
                     last = save_checkpoint(run, learner)
                 progress(run.step, config.steps, metrics)
-                if getattr(learner, "finished", False):
-                    break
         result = _result(run, time.monotonic() - began)
         for name, made in learner.product().items():
             if hasattr(made, "save"):

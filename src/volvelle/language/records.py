@@ -33,7 +33,10 @@ class Rollout:
     text: the response as text, stop string and end token removed; finish: "stop" or "length";
     logps: what the sampler drew from, per token (NaN where unknown); entropy: of that distribution, when asked for;
     exact: `logps` equal the policy's own log-probs at the training temperature under the scored prompt;
-    group: the statistics group; meta: further per-rollout facts (numbers or per-token lists).
+    group: index of the prompt among those sampled together (the loop makes it the statistics group);
+    scores, reward: what the reward part said of it; train: False for muted rows, which stay in the statistics without loss;
+    support: token ids the sampler could choose from, per token, if it restricted them; scored_under: another prompt to score it under;
+    meta: further per-rollout facts (numbers or per-token lists).
     """
 
     prompt: Prompt
@@ -48,6 +51,9 @@ class Rollout:
     group: int = 0
     scored_under: Prompt | None = None
     support: list[list[int]] | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    reward: float = 0.0
+    train: bool = True
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -151,8 +157,8 @@ class Batch:
                 return {k: cut(v) for k, v in value.items()}
             return value
 
-        fields = {k: cut(v) for k, v in vars(self).items() if k not in ("prompt_ids", "prompt_mask", "prompt_of", "step")}
+        kept = {k: cut(v) for k, v in vars(self).items() if k not in ("prompt_ids", "prompt_mask", "prompt_of", "step")}
         mask = self.prompt_mask[used]
         left = int((~mask).all(0).long().cumprod(0).sum()) if len(used) else 0
         left = min(left, mask.shape[1] - 1)
-        return Batch(prompt_ids=self.prompt_ids[used][:, left:], prompt_mask=mask[:, left:], prompt_of=prompt_of, step=self.step, **fields)
+        return Batch(prompt_ids=self.prompt_ids[used][:, left:], prompt_mask=mask[:, left:], prompt_of=prompt_of, step=self.step, **kept)

@@ -108,10 +108,8 @@ class FunctionReward:
 
 def finite(value: Any, where: str) -> float:
     """`value` as a float; RunStopped naming `where` if it is None, not one number, NaN or infinite."""
-    if isinstance(value, bool) or (hasattr(value, "item") and getattr(value, "size", getattr(value, "numel", lambda: 0)) in (1,)):
-        value = float(value)
-    if hasattr(value, "numel") and value.numel() == 1:
-        value = float(value)
+    if not isinstance(value, (int, float)) and hasattr(value, "item") and math.prod(value.shape) == 1:
+        value = value.item()
     if not isinstance(value, (int, float)):
         raise RunStopped(f"{where} returned {type(value).__name__} {value!r}; expected one number")
     if not math.isfinite(value):
@@ -136,17 +134,19 @@ class Advantage(Part):
 class Objective(Part):
     """Turns credit into a loss: `objective(scores, batch) -> [n, t] (per token) or [n] (per sequence)`, pure.
 
-    acts_on: roles of the tokens that get loss; aggregation: how the loss matrix becomes one number (see objectives.aggregate).
+    acts_on: roles of the tokens that get loss; aggregation: how the loss matrix becomes one number (see objectives.aggregate);
+    old_needs: statistics (entropy, mean_logp) that the pass for the old policy must deliver too. A live object (from `start`) may keep
+    state; those three are read from the description.
     """
 
     slot: ClassVar[str] = "objective"
     call: ClassVar[tuple[str, ...]] = ("scores", "batch")
     acts_on: ClassVar[tuple[int, ...]] = (POLICY,)
+    old_needs: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def from_function(cls, function, call):
-        function = staticmethod(function)
-        return type("FunctionObjective", (), {"__call__": function, "acts_on": (POLICY,), "needs": call.needs, "aggregation": "token_mean"})()
+        return function
 
     def __call__(self, scores: Scores, batch: Batch) -> torch.Tensor:
         raise NotImplementedError

@@ -1,0 +1,98 @@
+"""Samplers that every method can use: plain sampling from the policy, and logged text."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from volvelle.core.errors import RunStopped
+from volvelle.core.parts import part
+
+from .records import FORCED, Prompt, Rollout
+from .sampling import Sampling, generate
+from .slots import Sampler
+
+Count = Annotated[int, Field(gt=0)]
+
+
+@part("plain")
+class Plain(Sampler):
+    """`group` independent responses to each prompt.
+
+    max_tokens, stop: None = the task's. overlong: what to do with a prompt that does not fit into the context with its response.
+    entropy: also record the entropy of the distribution at every token.
+    """
+
+    group: Count = 8
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_tokens: Count | None = None
+    stop: tuple[str, ...] | None = None
+    overlong: Literal["stop", "skip"] = "stop"
+    engine: Literal["transformers", "vllm"] = "transformers"
+
+    def start(self, run):
+        return LivePlain(self, run)
+
+    def sampling(self, task) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.max_tokens or task.max_tokens,
+                        task.stop if self.stop is None else self.stop)
+
+
+class LivePlain:
+    """sample(prompts) -> rollouts, `group` to each prompt, in prompt order."""
+
+    def __init__(self, description: Plain, run):
+        self.part, self.run = description, run
+        self.rng = run.torch_rng("sampler")
+        self.sampling = description.sampling(run.config.task)
+        self.engine = run.policy if description.engine == "transformers" else _vllm(run)
+        self.entropy = "entropy" in run.config.recipe.sampling_needs
+
+    def fitting(self, prompts: list[Prompt]) -> list[Prompt]:
+        if self.part.overlong == "stop":
+            return prompts
+        return [p for p in prompts if len(self.run.policy.encode(p)) + self.sampling.max_tokens <= self.run.policy.context]
+
+    def sample(self, prompts: list[Prompt]) -> list[Rollout]:
+        prompts = self.fitting(prompts)
+        if not prompts:
+            raise RunStopped("every prompt drawn is longer than the policy's context allows")
+        return generate(self.engine, prompts, self.part.group, self.sampling, self.rng, self.entropy)
+
+
+def _vllm(run):
+    from .engines import VLLMEngine
+
+    return VLLMEngine(run.policy)
+
+
+@part("logged")
+class Logged(Sampler):
+    """Text that is there already: the task's demonstrations as FORCED tokens, `group` to each prompt. Supervised training uses this."""
+
+    group: Count = 1
+    temperature: float = 1.0
+
+    def start(self, run):
+        return LiveLogged(self, run)
+
+
+class LiveLogged:
+    def __init__(self, description: Logged, run):
+        self.part, self.policy, self.task = description, run.policy, run.config.task
+        self.rng = run.rng("sampler")
+
+    def sample(self, prompts: list[Prompt]) -> list[Rollout]:
+        return [forced(self.policy, p, self.task.demonstration(p, self.rng), group=i) for i, p in enumerate(prompts) for _ in range(self.part.group)]
+
+
+def forced(policy, prompt: Prompt, text: str, group: int = 0, **meta) -> Rollout:
+    """A given text as a rollout of FORCED tokens, closed by the policy's end token if it has one."""
+    ids = policy.encode_text(text) + list(policy.end_ids[:1])
+    return Rollout(prompt, ids, text, torch.full((len(ids),), torch.nan), "stop", role=[FORCED] * len(ids), exact=False, group=group,
+                   meta={"external": 1.0, **meta})
