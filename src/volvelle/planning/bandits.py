@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float, Int
 
-from ..core.errors import UserError
+from volvelle.core.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +57,21 @@ class Player(Protocol):
     def observe(self, inputs: Int[np.ndarray, "M"], rewards: Float[np.ndarray, "M"]) -> None: ...
 
 
-def play(player: Player, bandits: Bandits, rounds: int, world: np.random.Generator) -> Float[np.ndarray, "M T"]:
-    """Regret per task and round. `world` draws inputs and noise only, so players given equal generators see equal inputs."""
-    lost = np.zeros((bandits.tasks, rounds))
-    for t in range(rounds):
-        shown = bandits.show(world)
-        inputs = player.choose(shown)
-        lost[:, t] = bandits.regret(shown, inputs)
-        player.observe(inputs, bandits.pull(inputs, world))
-    return lost
+def play_round(player: Player, world: Bandits | LinearMdps, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Regret and reward of every task in one round (of decision processes: one episode). `generator` draws inputs and noise only, so
+    players given equal generators see equal inputs."""
+    if isinstance(world, LinearMdps):
+        return player.episode(generator)
+    shown = world.show(generator)
+    inputs = player.choose(shown)
+    rewards = world.pull(inputs, generator)
+    player.observe(inputs, rewards)
+    return world.regret(shown, inputs), rewards
+
+
+def play(player: Player, world: Bandits | LinearMdps, rounds: int, generator: np.random.Generator) -> Float[np.ndarray, "M T"]:
+    """Regret per task and round."""
+    return np.stack([play_round(player, world, generator)[0] for _ in range(rounds)], 1)
 
 
 # ------------------------------------------------------------------------------------------------- problems

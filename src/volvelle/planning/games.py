@@ -18,7 +18,7 @@ from jaxtyping import Float
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp, root
 from scipy.special import softmax
 
-from ..core.errors import UserError
+from volvelle.core.errors import UserError
 from .simplex import check_floor
 
 Profile = list[np.ndarray]
@@ -105,10 +105,10 @@ def moments(game: Game, profile: Profile, player: int) -> tuple[Float[np.ndarray
     return mean, (covariance + covariance.T) / 2
 
 
-def outcomes(game: Game, profile: Profile, floor: float = 0.0) -> dict[str, Float[np.ndarray, "players"]]:
-    """What each player gets when the others tremble by `floor`: "mean", "variance" (over the others' actions) and "worst", its
-    expected payoff at the worst joint action that the others play with positive probability."""
-    rest = [tremble(p, floor) for p in profile]
+def outcomes(game: Game, profile: Profile, mistakes: float = 0.0) -> dict[str, Float[np.ndarray, "players"]]:
+    """What each player gets when every other one acts uniformly at random with probability `mistakes`: "mean", "variance" (over the
+    others' actions) and "worst", the expected payoff at the worst joint action that the others then play with positive probability."""
+    rest = [(1 - mistakes) * p + mistakes / len(p) for p in profile]
     found: dict[str, list[float]] = {"mean": [], "variance": [], "worst": []}
     for i, p in enumerate(profile):
         received, q = p @ game.table(i), others(rest, i)
@@ -116,6 +116,12 @@ def outcomes(game: Game, profile: Profile, floor: float = 0.0) -> dict[str, Floa
         found["variance"].append(q @ (received - received @ q) ** 2)
         found["worst"].append(received[q > 0].min())
     return {name: np.array(values) for name, values in found.items()}
+
+
+def judge(game: Game, profile: Profile, mistakes: float = 0.0) -> dict[str, float]:
+    """`outcomes` in three numbers: the players' average mean and variance, and the worst of their worst cases."""
+    found = outcomes(game, profile, mistakes)
+    return {"mean": float(found["mean"].mean()), "variance": float(found["variance"].mean()), "worst": float(found["worst"].min())}
 
 
 def exploitability(game: Game, profile: Profile) -> float:

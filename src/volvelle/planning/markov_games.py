@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from ..core.errors import UserError
-from .games import Profile
+from volvelle.core.errors import UserError
+from .games import Profile, judge
 from .psro import Policies
 
 
@@ -165,6 +165,19 @@ class MarkovArena:
         if self.kind == "episode":
             return np.where(over, total - self.risk * total**2 + 2 * self.risk * level * total, 0.0) if self.risk else reward
         return reward * (1 - 2 * self.risk * lead)
+
+    def measure(self, populations, game, mix, mistakes):
+        """Mean, variance and worst case in the game among the policies, and every event per episode: as intended, and ("_trembling") when
+        each player's policy is drawn uniformly with probability `mistakes`."""
+        shaken = [(1 - mistakes) * p + mistakes / len(p) for p in mix]
+        found = judge(game, mix, mistakes)
+        for a, one in enumerate(populations[0]):
+            for b, two in enumerate(populations[1]):
+                for weights, ending in ((mix, ""), (shaken, "_trembling")):
+                    if share := weights[0][a] * weights[1][b]:
+                        for name, count in self.game.count((one, two)).items():
+                            found[name + ending] = found.get(name + ending, 0.0) + share * count
+        return {name: float(value) for name, value in found.items()}
 
 
 MOVES = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]])

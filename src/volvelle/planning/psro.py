@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float
 
-from ..core.errors import UserError
-from .games import Game, Profile, moments
+from volvelle.core.errors import UserError
+from .games import Game, Profile, exploitability, judge, moments
 from .simplex import maximise_quadratic
 
 Policies = list[list[np.ndarray]]  # per player, its population
@@ -29,6 +29,8 @@ class Arena(Protocol):
     def payoffs(self, policies: tuple[np.ndarray, ...], generator: np.random.Generator) -> Float[np.ndarray, "players"]: ...
 
     def respond(self, player: int, populations: Policies, mix: Profile, generator: np.random.Generator) -> np.ndarray | None: ...
+
+    def measure(self, populations: Policies, game: Game, mix: Profile, mistakes: float) -> dict[str, float]: ...
 
 
 def uniform(game: Game) -> Profile:
@@ -61,9 +63,9 @@ class Psro:
     def mix(self) -> Profile:
         return self.meta(self.game)
 
-    def step(self) -> bool:
-        """One round; says whether a policy was added (False: no player has a better reply left)."""
-        mix, before = self.mix(), [len(p) for p in self.populations]
+    def step(self, mix: Profile | None = None) -> bool:
+        """One round; says whether a policy was added (False: no player has a better reply left). `mix`: the solution, if known."""
+        mix, before = mix or self.mix(), [len(p) for p in self.populations]
         replies = [self.arena.respond(i, self.populations, mix, self.generator) for i in range(self.arena.players)]
         for population, reply in zip(self.populations, replies, strict=True):
             population += [] if reply is None else [reply]
@@ -112,3 +114,8 @@ class MatrixArena:
         if not self.repeat:
             reply[[int(p[0]) for p in populations[player]]] = 0
         return np.array([np.argmax(reply)]) if reply.max() > 1e-9 else None
+
+    def measure(self, populations, game, mix, mistakes):
+        """What the mixture gets in the whole table, and its exploitability there."""
+        full = self.spread(populations, mix)
+        return judge(self.table, full, mistakes) | {"exploitability": exploitability(self.table, full)}

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from scipy.linalg import null_space
 from scipy.optimize import nnls, root
 
-from ..core.errors import UserError
+from volvelle.core.errors import UserError
 
 Vector = Float[np.ndarray, "n"]
 Matrix = Float[np.ndarray, "n n"]

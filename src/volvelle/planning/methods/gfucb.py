@@ -19,11 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from pydantic import Field
 
-from ...core.errors import UserError
+from volvelle.core.claims import Arm, Claim
+from volvelle.core.errors import UserError
+from volvelle.core.parts import method, part
+
+from ..bandit_tasks import Explore, Explorer, NonNegative, SyntheticBandits
 from ..bandits import LinearMdps
 
 Beta = Callable[[int, int], float]  # (rounds so far, tasks in the ball) -> squared radius
@@ -121,13 +127,9 @@ def optimistic(means: Float[np.ndarray, "*batch P M K"], width: Float[np.ndarray
     return value.max(-1), best, actions
 
 
-def separate(tasks: int) -> list[list[int]]:
-    """Every task its own ball: the baseline of independent learning."""
-    return [[i] for i in range(tasks)]
-
-
 class Gfucb:
-    """Plays bandits on a finite class. groups: which tasks share a ball (default: all); one map in the class: LinUCB.
+    """Plays bandits on a finite class. groups: which tasks share a ball (default: all; one each: independent
+    learning); one map in the class: LinUCB.
     epsilon: instead of optimism, follow the fit and with this probability act at random (`generator`)."""
 
     def __init__(self, features: Float[np.ndarray, "P X k"], tasks: int, beta: Beta, ridge: float = 1e-3,
@@ -161,69 +163,55 @@ class Gfucb:
         self.sums[tasks, inputs] += rewards
         self.rounds += 1
 
+    def state_dict(self):
+        return {"counts": self.counts, "sums": self.sums, "rounds": self.rounds}
 
-# ------------------------------------------------------------------------------------------------- decision processes
+    def load_state_dict(self, state):
+        self.counts, self.sums, self.rounds = state["counts"], state["sums"], state["rounds"]
 
-class GfucbMdp:
-    """The finite-horizon form: per level, backward least squares on r + optimistic value of the next state, one joint ball, a shared bonus.
 
-    The paper's global optimism over all levels is intractable; here every tuple of states (one per task, visited in the same step) takes
-    the largest joint value at its own level, as in LSVI-UCB, and a task's part of the root is in proportion to its width.
-    """
+# ------------------------------------------------------------------------------------------------- recipe
 
-    def __init__(self, problem: LinearMdps, beta: Beta, ridge: float = 1e-3, groups: Sequence[Sequence[int]] | None = None):
-        self.problem, self.beta, self.ridge = problem, beta, ridge
-        self.groups = [list(g) for g in groups] if groups else [list(range(problem.tasks))]
-        h, m = problem.horizon, problem.tasks
-        self.inputs, self.rewards, self.after = np.zeros((0, h, m), int), np.zeros((0, h, m)), np.zeros((0, h, m), int)
+@part("gfucb")
+class Finite(Explorer):
+    """GFUCB on a finite class of maps, for bandits and for decision processes. factor scales the radius `beta`; known: the true map is given
+    (with sharing=separate: LinUCB, the lower reference); epsilon: greedy play with random actions instead of optimism."""
 
-    def values(self, region: Ball, states: Int[np.ndarray, "N M"], most: float) -> tuple[np.ndarray, np.ndarray]:
-        """Each task's share of the joint optimistic value of its state tuple, clipped to [0, most], and the actions."""
-        actions = self.problem.actions
-        inputs = states[..., None] * actions + np.arange(actions)                                  # [N, M, A]
-        phi = np.moveaxis(self.problem.features[:, inputs], 0, 1)                                    # [N, P, M, A, k]
-        means = np.einsum("npmak,pmk->npma", phi, region.centres)
-        width = widths(phi, region.inverses)
-        _, maps, chosen = optimistic(means, width, region.slack)
-        rows = np.arange(len(states))
-        mean = np.take_along_axis(means[rows, maps], chosen[..., None], -1)[..., 0]
-        part = np.take_along_axis(width[rows, maps], chosen[..., None], -1)[..., 0]
-        bonus = np.sqrt(region.slack[maps])[:, None] * part / np.sqrt(np.maximum(part.sum(1, keepdims=True), 1e-300))
-        return np.clip(mean + bonus, 0.0, most), chosen
+    beta: Literal["practical", "theory"] = "practical"
+    factor: NonNegative = 1.0
+    ridge: NonNegative = 1e-3
+    known: bool = False
+    epsilon: Annotated[float, Field(ge=0, le=1)] | None = None
 
-    def plan(self) -> list[list[Ball]]:
-        """Backwards over levels: [level][group] the joint confidence set."""
-        p = self.problem
-        plan: list[list[Ball]] = [[] for _ in range(p.horizon)]
-        for g, group in enumerate(self.groups):
-            for h in reversed(range(p.horizon)):
-                later = 0.0
-                if h + 1 < p.horizon and len(self.after):
-                    later = self.values(plan[h + 1][g], self.after[:, h][:, group], p.horizon - h - 1)[0]
-                target = self.rewards[:, h][:, group] + later
-                counts, sums = np.zeros((2, len(group), p.features.shape[1]))
-                columns = np.broadcast_to(np.arange(len(group)), target.shape)
-                np.add.at(counts, (columns, self.inputs[:, h][:, group]), 1)
-                np.add.at(sums, (columns, self.inputs[:, h][:, group]), target)
-                inverses = gram(p.features, counts, self.ridge)
-                radius = self.beta(len(self.rewards), len(group)) * (p.horizon - h) ** 2
-                plan[h].append(ball(p.features, counts, fit(p.features, counts, sums, inverses), inverses, radius))
-        return plan
+    def require(self, problem):
+        if problem.features is None:
+            raise UserError("explorer=gfucb: this problem has no finite class of maps (features); use explorer=gfucb-neural")
+        if self.known and (problem.truth is None or len(set(problem.truth.tolist())) > 1):
+            raise UserError("explorer.known=true: this problem has no map that is known to be true for all tasks")
+        if self.epsilon is not None and isinstance(problem.world, LinearMdps):
+            raise UserError(f"explorer.epsilon={self.epsilon}: greedy play is for bandits; leave it out on decision processes")
 
-    def episode(self, generator: np.random.Generator) -> Float[np.ndarray, "M"]:
-        """Play one episode in all tasks. Returns each task's regret as the summed optimality gaps of its actions (unbiased)."""
-        p, plan, best = self.problem, self.plan(), self.problem.values()
-        states, tasks, lost = np.zeros(p.tasks, int), np.arange(p.tasks), np.zeros(p.tasks)
-        rows = np.zeros((3, 1, p.horizon, p.tasks))
-        for h in range(p.horizon):
-            actions = np.zeros(p.tasks, int)
-            for region, group in zip(plan[h], self.groups, strict=True):
-                actions[group] = self.values(region, states[None, group], p.horizon - h)[1][0]
-            lost += best[h, tasks, states].max(1) - best[h, tasks, states, actions]
-            inputs = states * p.actions + actions
-            reward, states = p.move(inputs, generator)
-            rows[:, 0, h] = inputs, reward, states
-        self.inputs = np.concatenate([self.inputs, rows[0].astype(int)])
-        self.rewards = np.concatenate([self.rewards, rows[1]])
-        self.after = np.concatenate([self.after, rows[2].astype(int)])
-        return lost
+    def player(self, problem, groups, run):
+        features = problem.features[problem.truth[:1]] if self.known else problem.features
+        size, rank, noise = np.log(len(features)), features.shape[2], problem.world.noise
+        beta = practical_beta(size, rank, noise, self.factor)
+        if self.beta == "theory":
+            exact = theory_beta(size, rank, noise, max(run.config.steps, 1))
+            beta = lambda t, tasks: self.factor * exact(t, tasks)  # noqa: E731
+        if isinstance(problem.world, LinearMdps):
+            from .gfucb_mdp import GfucbMdp
+
+            return GfucbMdp(problem.world, features, beta, self.ridge, groups)
+        return Gfucb(features, problem.world.tasks, beta, self.ridge, groups, self.epsilon, run.rng("epsilon"))
+
+
+gfucb = Explore(explorer=Finite())
+claim = Claim(
+    says="bandits that share an unknown representation lose less when they explore together than each alone; where nothing is shared they lose more",
+    arms={"joint": gfucb, "independent": gfucb(sharing="separate"), "known-map": gfucb(explorer=Finite(known=True), sharing="separate"),
+          "greedy": gfucb(explorer=Finite(epsilon=0.1)), **{f"nothing-shared-{w}": Arm(gfucb(sharing=w), task=SyntheticBandits(shared=False))
+                                                          for w in ("joint", "separate")}},
+    task="bandits", steps=40, seeds=20, equal="rounds", minutes=4, run={"checkpoint_every": 0}, quick={"steps": 5, "seeds": 2},
+    expects=("joint < independent on regret", "joint < greedy on regret", "nothing-shared-joint > nothing-shared-separate on regret"))
+
+gfucb = method("gfucb", gfucb, title="Optimism over one confidence set for all tasks that share a representation", source="arXiv 2205.15701", claim=claim)

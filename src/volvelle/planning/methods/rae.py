@@ -19,11 +19,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from typing import Annotated
+
 import numpy as np
 from jaxtyping import Float
+from pydantic import Field
 
-from ...core.errors import UserError
-from ..games import Game, Profile, fictitious_play, moments, others, tremble
+from volvelle.core.claims import Arm, Claim
+from volvelle.core.errors import UserError
+from volvelle.core.parts import method, part
+
+from ..game_tasks import Concept, Count, Logit, Nash, NonNegative, Populations, Probability, Solve
+from ..games import Game, Profile, fictitious_play, moments, tremble
 from ..simplex import check_floor, equilibrium, maximise_quadratic, maximise_smoothed
 
 Vector = Float[np.ndarray, "own"]
@@ -186,6 +193,53 @@ def path(game: Game, gammas: Sequence[float], floor: float, **options) -> list[E
     return found
 
 
-def meta_solver(gamma: float, floor: float, **options):
-    """The equilibrium of a population game, as the meta-strategy of PSRO-RAE."""
-    return lambda game: solve(game, gamma, min(floor, 0.5 / max(game.sizes)), **options).profile
+@part("rae")
+class RiskAverse(Concept):
+    """The risk-averse equilibrium: gamma weighs the variance, floor is every action's least probability. `temperature`, `rate` (none:
+    1 / (t + 1)) and `rounds` are fictitious play's; `restarts`: further random starts while a solution over populations is not exact."""
+
+    gamma: NonNegative = 0.1
+    floor: Probability = 0.01
+    temperature: NonNegative = 0.01
+    rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    rounds: Count = 500
+    restarts: Annotated[int, Field(ge=0)] = 3
+
+    def solve(self, game, generator):
+        return solve(game, self.gamma, self.floor, self.temperature, self.rounds, self.rate, restarts=self.restarts, generator=generator).profile
+
+    def improve(self, game, profile, t, generator):
+        profile = [tremble(p, self.floor) for p in profile] if t == 0 else profile
+        rate = self.rate or 1 / (t + 2)
+        replies = [best_response(*moments(game, profile, i), self.gamma, self.floor, self.temperature) for i in range(game.players)]
+        return [(1 - rate) * p + rate * r for p, r in zip(profile, replies, strict=True)]
+
+    def finish(self, game, profile):
+        profile = [np.maximum(p, self.floor) / np.maximum(p, self.floor).sum() for p in profile]
+        sharp = near(game, self.gamma, self.floor, profile)
+        return sharp.profile if sharp.exploitability < gains(game, profile, self.gamma, self.floor).max() else profile
+
+    def floor_in(self, game):
+        return self.floor
+
+
+claim = Claim(
+    says="against players who err now and then, the payoff varies far less than that of a Nash equilibrium or of logit play, at little cost in its mean",
+    arms={"nash": Arm(Solve(concept=Nash("welfare")), steps=1), "logit": Arm(Solve(concept=Logit()), steps=1),
+          "rae": Solve(concept=RiskAverse(gamma=0.1)), "rae-strong": Solve(concept=RiskAverse(gamma=1.0))},
+    task="random-game", steps=300, seeds=20, equal="games", minutes=4, run={"checkpoint_every": 0}, quick={"steps": 20, "seeds": 2},
+    expects=("rae < nash on variance", "rae < logit on variance", "rae-strong < rae on variance", "rae >= nash - 1 on mean"))
+
+rae = method("rae", Solve(concept=RiskAverse()), title="Equilibria that weigh the variance over what the others do", source="arXiv 2205.15434",
+             claim=claim)
+
+population_claim = Claim(
+    says="over populations of policies the risk-averse equilibrium hunts hares where Nash may hunt the stag, and avoids crashes when others err",
+    arms={"nash": Populations(), "rae": Populations(concept=RiskAverse(0.3, 0.05), risk=0.1),
+          "nash-merge": Arm(Populations(), task="merge"), "rae-merge": Arm(Populations(concept=RiskAverse(0.02, 0.05), risk=0.005), task="merge")},
+    task="stag-hunt", steps=5, seeds=5, equal="policies", minutes=12, run={"checkpoint_every": 0}, quick={"steps": 1, "seeds": 2},
+    expects=("rae > nash on hares", "rae-merge < nash-merge on crashes_trembling", "rae-merge >= nash-merge - 0.05 on arrivals_trembling"))
+
+psro = method("psro", Populations(), title="Grow populations of policies against a Nash equilibrium of those so far", source="arXiv 1711.00832")
+psro_rae = method("psro-rae", Populations(concept=RiskAverse(), risk=0.1), title="Populations of policies that weigh the variance over opponents",
+                  source="arXiv 2205.15434", claim=population_claim)
