@@ -2,7 +2,7 @@
 
 A game is one array `payoffs[i, a_1, ..., a_n]`: what player i receives when the players choose a_1 ... a_n. A profile is a list of
 distributions, one per player. Two-player zero-sum games are solved by linear programming (HiGHS), other two-player games by the
-mixed-integer program of Sandholm, Gilpin and Conitzer (AAAI 2005) or, for all equilibria, by nashpy's support enumeration.
+mixed-integer program of Sandholm, Gilpin and Conitzer (AAAI 2005) or, for all equilibria, by enumeration of supports.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any, Literal
 
 import numpy as np
@@ -186,12 +186,29 @@ def solve_zero_sum(matrix: Float[np.ndarray, "rows columns"]) -> tuple[np.ndarra
 
 
 def nash_equilibria(game: Game) -> list[Profile]:
-    """The equilibria of a two-player game that nashpy's support enumeration finds (all of them, if the game is not degenerate)."""
-    import nashpy
+    """Every equilibrium of a small two-player game whose supports have equal size: all of them if the game is not degenerate.
 
+    (nashpy's enumeration compares payoffs for exact equality and so misses about one mixed equilibrium in eight of a random game.)
+    """
     if game.players != 2:
         raise UserError(f"{game.name}: support enumeration is for two players, this game has {game.players}")
-    return [[np.asarray(p), np.asarray(q)] for p, q in nashpy.Game(*game.payoffs).support_enumeration()]
+    (a, b), scale, found = game.payoffs, max(np.ptp(game.payoffs), 1e-12), []
+
+    def mixed(table, rows, columns):                        # weights on `columns` that make `rows` equally good
+        system = np.ones((len(rows) + 1, len(rows) + 1))
+        system[:-1, :-1], system[:-1, -1], system[-1, -1] = table[np.ix_(rows, columns)] / scale, -1, 0
+        if np.linalg.cond(system) > 1e12:
+            return None
+        weights = np.zeros(table.shape[1])
+        weights[list(columns)] = np.linalg.solve(system, np.append(np.zeros(len(rows)), 1))[:-1]
+        return weights
+
+    for size in range(1, min(game.sizes) + 1):
+        for rows, columns in product(combinations(range(game.sizes[0]), size), combinations(range(game.sizes[1]), size)):
+            profile = [mixed(b.T, columns, rows), mixed(a, rows, columns)]
+            if all(p is not None and p.min() >= -1e-12 for p in profile) and exploitability(game, profile) <= 1e-9 * scale:
+                found.append(profile)
+    return found
 
 
 def nash(game: Game, select: Literal["first", "welfare"] = "first") -> Profile:

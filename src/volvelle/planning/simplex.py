@@ -95,6 +95,7 @@ def _least_norm(p: np.ndarray, m: np.ndarray, q: np.ndarray, floor: float) -> np
     if directions.size:
         shift = directions @ (directions.T @ p)
         stacked = np.vstack([directions.T, (floor - p + shift)[None]])
+        stacked[np.abs(stacked) < 1e-13] = 0                # rounding here would pass for a constraint
         target = np.zeros(len(stacked))
         target[-1] = 1.0
         weights, _ = nnls(stacked, target)
