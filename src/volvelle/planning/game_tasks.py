@@ -284,40 +284,34 @@ class _Populations:
         self.generator = run.rng("populations")
         arena = run.config.task.arena(run.seed, recipe.risk, recipe.kind, recipe.concept.repeat)
         self.psro = Psro(arena, functools.partial(self.concept.solve, generator=self.generator), self.generator)
-        self.grown, self.solved = True, None
+        self.grown = True
         most = max(map(len, self.psro.populations)) + run.config.steps
         if (floor := recipe.concept.floor_in(self.psro.game)) * most > 1:
             raise UserError(f"concept.floor={floor}: {run.config.steps} steps can make {most} policies per player; the floor may be at most "
                             f"{1 / most:.3g}, or take fewer steps")
+        self.mix = self.psro.mix()
 
     @property
     def finished(self):
         return not self.grown
 
-    def mix(self) -> Profile:
-        """The solution over the populations, solved once per round."""
-        if self.solved is None:
-            self.solved = self.psro.mix()
-        return self.solved
-
     def step(self):
-        self.grown = self.psro.step(self.mix())
-        self.solved = None
-        return {"policies": sum(map(len, self.psro.populations)), "value": float(expected_payoffs(self.psro.game, self.mix()).mean())}
+        self.grown = self.psro.step(self.mix)
+        self.mix = self.psro.mix()
+        return {"policies": sum(map(len, self.psro.populations)), "value": float(expected_payoffs(self.psro.game, self.mix).mean())}
 
     def evaluate(self):
-        mix = intended(self.mix(), self.concept.floor_in(self.psro.game))
+        mix = intended(self.mix, self.concept.floor_in(self.psro.game))
         return self.psro.arena.measure(self.psro.populations, self.psro.game, mix, self.recipe.tremble)
 
     def product(self):
-        data = {"payoffs": self.psro.payoffs.tolist(), "mix": [p.tolist() for p in self.mix()],
+        data = {"payoffs": self.psro.payoffs.tolist(), "mix": [p.tolist() for p in self.mix],
                 "populations": [[policy.tolist() for policy in population] for population in self.psro.populations]}
         return {"populations": Written("populations", data)}
 
     def state_dict(self):
-        return {"populations": [list(p) for p in self.psro.populations], "payoffs": self.psro.payoffs, "grown": self.grown,
-                "solved": self.mix()}
+        return {"populations": [list(p) for p in self.psro.populations], "payoffs": self.psro.payoffs, "grown": self.grown, "mix": list(self.mix)}
 
     def load_state_dict(self, state):
         self.psro.populations, self.psro.payoffs = [list(p) for p in state["populations"]], state["payoffs"]
-        self.grown, self.solved = state["grown"], state["solved"]
+        self.grown, self.mix = state["grown"], list(state["mix"])

@@ -1,8 +1,8 @@
 """GFUCB with a neural representation (arXiv 2205.15701): the practical form, where the class is a network with M linear heads.
 
 Per round: (a) a few steps of joint least squares give the fit; (b) optimism, either "optimistic": a copy of the network is trained for a few
-dozen steps to maximise sum_i max_a f_i(C_i, a) - multiplier [sum over data of (f - fit)^2 - beta]_+, the multiplier doubling while the constraint
-is violated, and the best iterate inside the set is played; or "bonus": the representation is frozen and the closed form of
+dozen steps to maximise sum_i max_a f_i(C_i, a) - multiplier [sum over data of (f - fit)^2 - beta]_+, the maximum softened at first, the
+multiplier doubling while the constraint is violated, and the best iterate inside the set is played; or "bonus": the representation is frozen and the closed form of
 methods.gfucb gives the joint bonus; or "greedy": epsilon-greedy on the fit. Exact maximisation over a network is intractable: "optimistic" is a
 lower bound of it. Values are clipped to [-1, 1] and features to length 1, else gradient ascent finds wild extrapolations.
 """
@@ -151,8 +151,9 @@ class NeuralGfucb:
             if step == self.options.ascent_steps:
                 break
             multiplier = multiplier * 2 if excess > 0 else multiplier
+            heat = 0.5 * (1 - step / self.options.ascent_steps) + 0.01  # a soft maximum first, else only the fit's favourites would rise
             optimiser.zero_grad()
-            (multiplier * torch.relu(excess) - total).backward()
+            (multiplier * torch.relu(excess) - heat * torch.logsumexp(values / heat, 1).sum()).backward()
             torch.nn.utils.clip_grad_norm_(moving.parameters(), 10.0)
             optimiser.step()
         return picked.numpy()
