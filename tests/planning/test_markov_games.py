@@ -6,7 +6,8 @@ import pytest
 from volvelle.core.errors import UserError
 from volvelle.planning.game_files import from_openspiel
 from volvelle.planning.games import exploitability, nash, random_game, solve_zero_sum, zero_sum
-from volvelle.planning.markov_games import MarkovArena, draw, merge, stag_hunt, walkers
+from volvelle.planning.markov_games import MarkovArena, MarkovGame, draw, merge, stag_hunt, walkers
+from volvelle.planning.methods import rae
 from volvelle.planning.psro import MatrixArena, Psro, latest, uniform
 
 HUNT = stag_hunt()
@@ -36,6 +37,19 @@ def test_exact_moments_agree_with_simulation(game):
     assert visits.sum() == pytest.approx(game.horizon)
     np.testing.assert_array_equal(game.next[-1], game.states - 1)  # the terminal state stays and pays nothing
     assert not game.rewards[:, -1].any()
+
+
+def test_moments_of_returns_that_add_up_over_steps():
+    rng = np.random.default_rng(4)
+    shape = (5, 2, 3)
+    rewards = rng.normal(size=(2, *shape))
+    rewards[:, -1] = 0
+    following = rng.integers(5, size=shape)
+    following[-1] = 4
+    game = MarkovGame(following, rewards, 0, 8, 0.2, {})
+    policies = tuple(rng.dirichlet(np.ones(n), 5) for n in (2, 3))
+    sampled = game.simulate(policies, 40_000, rng)
+    np.testing.assert_allclose(sampled.var(1), game.returns(policies)[1], rtol=0.05)  # some 5 standard errors
 
 
 def test_the_hunt_pays_what_it_says():
@@ -116,6 +130,23 @@ def test_population_play_solves_zero_sum_tables():
         assert exploitability(table, psro.arena.spread(psro.populations, psro.mix())) < 1e-8
         value = solve_zero_sum(table.payoffs[0])[2]
         assert psro.mix()[0] @ psro.game.payoffs[0] @ psro.mix()[1] == pytest.approx(value, abs=1e-8)
+
+
+def test_a_reply_on_a_table_weighs_the_variance():
+    table = zero_sum([[10, -10], [2, 1]])  # against (.9, .1) the risky row has mean 8, and weight .04 in the reply at risk 1
+    populations, mix = [[], [np.array([0]), np.array([1])]], [None, np.array([0.9, 0.1])]
+    replies = [MatrixArena(table, risk).respond(0, populations, mix, None) for risk in (0.0, 1.0)]
+    assert [int(r[0]) for r in replies] == [0, 1]
+
+
+def test_risk_averse_population_play_ends_in_an_equilibrium_of_the_whole_table():
+    rng = np.random.default_rng(5)
+    for _ in range(3):
+        table = zero_sum(rng.normal(size=(12, 12)) * 3)
+        psro = Psro(MatrixArena(table, 0.3), lambda game: rae.solve(game, 0.3, steps=200, restarts=3, generator=np.random.default_rng(0)).profile, rng)
+        while psro.step():
+            pass
+        assert rae.gains(table, psro.arena.spread(psro.populations, psro.mix()), 0.3).max() < 1e-6
 
 
 def test_population_play_needs_a_part_of_kuhn_poker():

@@ -105,6 +105,8 @@ def test_fictitious_play_alone_approaches_it():
     found = rae.solve(zero_sum([[3, -1], [-2, 1]]), 0.3, steps=2000, tolerance=0.0, exact=False)
     assert found.exploitability < 0.02 and found.steps == 2000
     np.testing.assert_allclose(found.profile[0], [3 / 7, 4 / 7], atol=0.02)
+    few = rae.solve(STAG, 0.1, 0.05, steps=3, start=[np.array([1.0, 0])] * 2, exact=False)
+    assert min(p.min() for p in few.profile) >= 0.05  # a pure start trembles like everything else
 
 
 def test_equilibria_of_two_by_two_games_against_a_grid():

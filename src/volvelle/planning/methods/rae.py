@@ -215,7 +215,6 @@ class RiskAverse(Concept):
         return [(1 - rate) * p + rate * r for p, r in zip(profile, replies, strict=True)]
 
     def finish(self, game, profile):
-        profile = [np.maximum(p, self.floor) / np.maximum(p, self.floor).sum() for p in profile]
         sharp = near(game, self.gamma, self.floor, profile)
         return sharp.profile if sharp.exploitability < gains(game, profile, self.gamma, self.floor).max() else profile
 
