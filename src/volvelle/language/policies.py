@@ -66,6 +66,10 @@ class Policy:
 
     def frozen_copy(self) -> "Policy":
         """The policy as it is now, for ever."""
+        return self._twin()
+
+    def _twin(self) -> "Policy":
+        """A frozen policy with weights of its own."""
         twin = copy.copy(self)
         twin.__dict__.pop("_stops", None)
         twin.trainable = None
@@ -74,7 +78,7 @@ class Policy:
 
     def lagged(self, run, every: int | None = None, tau: float | None = None) -> "Policy":
         """A frozen twin that follows this policy; `.follow` is the Lagged (refresh(), update()), checkpointed under the asking part's path."""
-        twin = self.frozen_copy()
+        twin = self._twin()
         twin.follow = run.lagged(self.trainable, every, tau, twin.module)
         return twin
 
@@ -226,7 +230,7 @@ class CausalPolicy(Policy):
         return self._twin()
 
     def _twin(self) -> "CausalPolicy":
-        twin = super().frozen_copy()
+        twin = super()._twin()
         twin.backbone = body_of(twin.model)
         return twin
 
