@@ -48,7 +48,7 @@ class Part:
 
     def __post_init__(self):
         for name, annotation in annotations_of(type(self)).items():
-            object.__setattr__(self, name, coerce(annotation, getattr(self, name), name, type(self)))
+            object.__setattr__(self, name, coerce(annotation, getattr(self, name), name))
 
     def __eq__(self, other):
         return isinstance(other, Part) and type(self) is type(other) and self.digest == other.digest
@@ -188,7 +188,7 @@ def describe(annotation: Any) -> str:
     return " or ".join(words)
 
 
-def coerce(annotation: Any, value: Any, path: str, owner: type | None = None) -> Any:
+def coerce(annotation: Any, value: Any, path: str) -> Any:
     """`value` as the annotation wants it: parts from names or functions, numbers from text. UserError names the path."""
     members = _members(annotation)
     slots = slots_in(annotation)

@@ -24,6 +24,14 @@ from .tabular import TabularPolicy
 Count = Annotated[int, Field(gt=0)]
 
 
+def quiet() -> None:
+    """transformers reports every loaded shard with a progress bar; runs have their own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def cache_folder() -> Path:
     return Path(os.environ.get("VOLVELLE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "volvelle")
 
@@ -62,6 +70,7 @@ class Pretrained(Model):
     def load(self, run) -> Policy:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        quiet()
         folder = self.folder()
         try:
             module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
@@ -94,6 +103,7 @@ class SmolLM2(Pretrained):
             return kept
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+        quiet()
         source = Path(found.submodule_search_locations[0])
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=self.FILE)
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=self.FILE, dtype=torch.float32,
@@ -158,6 +168,7 @@ class Tiny(Model):
     def fresh(self) -> CausalPolicy:
         from transformers import LlamaConfig, LlamaForCausalLM
 
+        quiet()
         tokenizer = character_tokenizer(length=self.context)
         config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=self.width, intermediate_size=4 * self.width, num_hidden_layers=self.layers,
                              num_attention_heads=self.heads, num_key_value_heads=self.heads, max_position_embeddings=self.context,
