@@ -210,7 +210,7 @@ def coerce(annotation: Any, value: Any, path: str) -> Any:
             try:
                 return coerce(Union[tuple(plain)], value, path)
             except UserError:
-                if not isinstance(value, str):
+                if not isinstance(value, str) or _is_number(value):
                     raise
         if isinstance(value, str):
             return build(slots, value, {}, path)
@@ -230,6 +230,14 @@ def coerce(annotation: Any, value: Any, path: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}={value!r}: expected {describe(annotation)} ({first['msg'].lower()})") from None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------- plain functions as parts
