@@ -34,8 +34,7 @@ from ..fittings import Updates
 from ..objectives import Aggregation, AtLeast0, Positive, log_ratio, per_token
 from ..recipe import LanguageRecipe
 from ..records import FORCED, POLICY, Batch, Prompt, Rollout, Scores
-from ..samplers import Count, Plain, forced
-from ..sampling import generate
+from ..samplers import Count, Plain, continued, forced
 from ..slots import Advantage, Objective, Sampler
 
 
@@ -93,30 +92,28 @@ class LiveWithDemonstrations:
         groups: dict[int, list[Rollout]] = {}
         for r in self.base.sample(prompts):
             groups.setdefault(r.group, []).append(r)
-        unfinished, without = [], []
+        begun, without = [], []
         for group, rows in groups.items():
-            prompt = rows[0].prompt
-            shown = self.demonstrations(prompt)
+            shown = self.demonstrations(rows[0].prompt)
             if not shown:
-                without.append((group, prompt))
+                without.append(group)
             for demonstration in shown:
-                whole = self.row(prompt, demonstration, group)
-                share = self.rng.uniform(self.part.prefix_low, self.part.prefix_high)
-                kept = int(len(whole.ids) * share)
-                if kept == len(whole.ids):
-                    rows.append(whole)
+                row = self.row(rows[0].prompt, demonstration, group)
+                kept = int(len(row.ids) * self.rng.uniform(self.part.prefix_low, self.part.prefix_high))
+                if kept == len(row.ids):
+                    rows.append(row)
                 else:
-                    unfinished.append((whole, kept))
-        for r in self.finish(unfinished):
-            groups[r.group].append(r)
+                    begun.append(shortened(row, kept))
+        extra = continued(self.policy, begun, self.sampling, self.torch_rng) if begun else []
         if without:
-            for r in self.fill.sample([p for _, p in without]):
-                r.group = without[r.group][0]
-                groups[r.group].append(r)
+            filled = self.fill.sample([groups[g][0].prompt for g in without])
+            extra += [dataclasses.replace(r, group=without[r.group]) for r in filled]
+        for r in extra:
+            groups[r.group].append(r)
         return [r for rows in groups.values() for r in rows]
 
     def demonstrations(self, prompt: Prompt) -> list[Any]:
-        """`external` demonstrations of a prompt; none where it has none and that is allowed."""
+        """`external` demonstrations of a prompt, from its column or else from the task; none where it has none and that is allowed."""
         given, count = prompt.row.get("demonstrations"), self.part.external
         if given is None:
             try:
@@ -124,55 +121,34 @@ class LiveWithDemonstrations:
             except UserError:
                 if self.part.missing == "stop":
                     raise
-                return []
-        if not isinstance(given, (list, tuple)):
+        elif not isinstance(given, (list, tuple)):
             raise RunStopped(f"prompt {prompt.id!r}: row['demonstrations'] is a {type(given).__name__}; expected a list")
-        if not given and self.part.missing == "stop":
+        elif given:
+            return [given[i] for i in self.rng.choice(len(given), count, replace=len(given) < count)]
+        elif self.part.missing == "stop":
             raise RunStopped(f"prompt {prompt.id!r} has no demonstrations; give it some, or set sampler.missing=sample")
-        return [given[i] for i in self.rng.choice(len(given), count, replace=len(given) < count)] if given else []
+        return []
 
     def row(self, prompt: Prompt, demonstration: Any, group: int) -> Rollout:
-        """A demonstration as a rollout. RunStopped where it is no text or does not fit."""
+        """A demonstration as a rollout. RunStopped where it is no text, or too long for the policy, or its logps do not match."""
         given = demonstration if isinstance(demonstration, dict) else {"text": demonstration}
         if not isinstance(given.get("text"), str):
             raise RunStopped(f"prompt {prompt.id!r}: the demonstration {demonstration!r} is neither a text nor a mapping with one")
         made = forced(self.policy, prompt, given["text"], group)
-        size = len(self.policy.encode(prompt)) + len(made.ids)
+        size, length = len(self.policy.encode(prompt)) + len(made.ids), len(made.ids)
         if size > self.policy.context:
             raise RunStopped(f"prompt {prompt.id!r} and its demonstration have {size} tokens, more than the policy's context of {self.policy.context}")
-        if "logps" in given and len(given["logps"]) != len(made.ids):
-            raise RunStopped(f"prompt {prompt.id!r}: its demonstration has {len(given['logps'])} logps; expected {len(made.ids)}, the end token's among them")
-        made.meta["teacher_logps"] = torch.tensor(given["logps"], dtype=torch.float32) if "logps" in given else torch.full((len(made.ids),), torch.nan)
+        logps = given.get("logps", [torch.nan] * length)
+        if len(logps) != length:
+            raise RunStopped(f"prompt {prompt.id!r}: its demonstration has {len(logps)} logps; expected {length}, the end token's among them")
+        made.meta["teacher_logps"] = torch.tensor(logps, dtype=torch.float32)
         return made
 
-    def finish(self, rows: list[tuple[Rollout, int]]) -> list[Rollout]:
-        """Let the policy go on from the first `kept` tokens of each demonstration."""
-        out = []
-        for kept in sorted({k for _, k in rows}):
-            chosen = [r for r, k in rows if k == kept]
-            copies = [dataclasses.replace(r.prompt) for r in chosen]
-            policy = _Continuing(self.policy, {id(c): r.ids[:kept] for c, r in zip(copies, chosen)})
-            sampling = dataclasses.replace(self.sampling, max_tokens=max(1, self.sampling.max_tokens - kept))
-            for r, rest in zip(chosen, generate(policy, copies, 1, sampling, self.torch_rng)):
-                ids = r.ids[:kept] + rest.ids
-                teacher = torch.cat([r.meta["teacher_logps"][:kept], torch.zeros(len(rest.ids))])
-                out.append(Rollout(r.prompt, ids, self.policy.stops(sampling.stop).text(ids)[0], torch.cat([r.logps[:kept], rest.logps]), rest.finish,
-                                   role=[FORCED] * kept + [POLICY] * len(rest.ids), exact=rest.exact, group=r.group,
-                                   meta={"external": float(kept > 0), "teacher_logps": teacher}))
-        return out
 
-
-class _Continuing:
-    """A policy whose prompts already hold the beginning of a response."""
-
-    def __init__(self, policy, begun: dict[int, list[int]]):
-        self._policy, self._begun = policy, begun
-
-    def __getattr__(self, name):
-        return getattr(self._policy, name)
-
-    def encode(self, prompt):
-        return self._policy.encode(prompt) + self._begun[id(prompt)]
+def shortened(row: Rollout, kept: int) -> Rollout:
+    """The first `kept` tokens of a demonstration; no external row any more if none is kept."""
+    meta = {"external": float(kept > 0), "teacher_logps": row.meta["teacher_logps"][:kept]}
+    return dataclasses.replace(row, ids=row.ids[:kept], logps=row.logps[:kept], role=row.role[:kept], turn=row.turn[:kept], meta=meta)
 
 
 # --------------------------------------------------------------------------------------------------------------------- advantage
