@@ -164,7 +164,9 @@ def _fit(run: Run, learner: Learner, resume: bool, progress: Callable) -> Traine
         write_json(run.folder / "result.json", result)
     except RunStopped as error:
         with contextlib.suppress(OSError):
-            run.flush_samples()
+            run.flush_samples(run.step + 1)
+            if error.intact:
+                last = save_checkpoint(run, learner)
         raise RunStopped(f"step {run.step + 1}: {error}; last good checkpoint: {last or 'none'}") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
@@ -181,7 +183,7 @@ def _fit(run: Run, learner: Learner, resume: bool, progress: Callable) -> Traine
 
 def _log(run: Run, metrics: dict[str, float]) -> None:
     append(run.folder / "metrics.jsonl", [{"step": run.step, **metrics}])
-    run.flush_samples()
+    run.flush_samples(run.step)
 
 
 def _keep_best(run: Run, learner: Learner, metric: str | None, metrics: dict[str, float]) -> None:

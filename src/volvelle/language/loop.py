@@ -57,6 +57,9 @@ class LanguageLearner:
         self.temperature = recipe.sampler.temperature or 1.0
         self.cap = getattr(getattr(self.sampler, "sampling", None), "max_tokens", None)
         self.size = self.policy.parameters
+        updates, kl_in_reward = recipe.updates, recipe.kl is not None and recipe.kl.place == "reward"
+        # With one update per batch the policy that is updated *is* the old policy: its log-probs come with the loss's own pass.
+        self.one_update = updates.epochs == 1 and updates.minibatch is None and not kl_in_reward and "old" not in recipe.sampling_needs
 
     # ---------------------------------------------------------------------------------------------------------------- the step
 
@@ -73,7 +76,7 @@ class LanguageLearner:
 
     def collect(self) -> tuple[list[Rollout], dict[str, float]]:
         """Rollouts of one step: sampled, scored, filtered, and sampled again until the batch is full if the filter refills."""
-        target, kept, metrics, everything, rounds = self.recipe.prompts, [], {}, [], 0
+        target, sieve, kept, everything, rounds = self.recipe.prompts, self.recipe.filter, [], [], 0
         while True:
             rollouts = self.sample(self.draw(target))
             for r in rollouts:
@@ -82,9 +85,9 @@ class LanguageLearner:
             everything += rollouts
             rounds += 1
             kept += self.sift(rollouts)
-            if self.filter is None or not self.filter.refill or len({r.group for r in kept}) >= target:
+            if sieve is None or not sieve.refill or len({r.group for r in kept}) >= target:
                 break
-            if self.filter.max_rounds and rounds >= self.filter.max_rounds:
+            if sieve.max_rounds and rounds >= sieve.max_rounds:
                 raise RunStopped(f"after {rounds} rounds the filter has kept {len({r.group for r in kept})} of {target} groups; "
                                  "raise filter.max_rounds, choose an easier or harder task, or set filter.refill=false")
         first = sorted({r.group for r in kept})[:target]
@@ -139,9 +142,9 @@ class LanguageLearner:
         """Old, reference and value passes, only those that somebody needs, and old only for rows the sampler did not draw exactly."""
         needs, roles = self.recipe.needs, self.roles()
         keep = batch.acted(roles)
-        if "old" in needs:
+        if "old" in needs and not self.one_update:
             stats = frozenset().union(*(getattr(o, "old_needs", ()) for o in self.recipe.losses().values()))
-            inexact = ~batch.exact | (keep & ~batch.acted((POLICY,))).any(1)
+            inexact = ~(batch.exact & self.policy.steps_exactly) | (keep & ~batch.acted((POLICY,))).any(1)
             if stats or inexact.all():
                 batch.old = self.score_in_parts(self.policy, batch, keep, stats)
             else:
@@ -209,6 +212,8 @@ class LanguageLearner:
             micro = mini.select(rows)
             width = micro.ids.shape[1]
             scores = self.policy.score(micro, keep[rows][:, :width], self.recipe.loss_needs, self.temperature)
+            if self.one_update:
+                micro.old = scores.detach()
             total = 0.0
             for name, weight in weights.items():
                 matrix = self.kl.loss(scores, micro) if name == "kl" else self.losses[name](scores, micro)

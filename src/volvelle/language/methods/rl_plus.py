@@ -59,6 +59,7 @@ class WithDemonstrations(Sampler):
     max_tokens = property(lambda self: getattr(self.base, "max_tokens", None))
     needs = property(lambda self: self.base.needs)
     gives = property(lambda self: self.base.gives)
+    makes = property(lambda self: (*self.base.makes, FORCED))
 
     def __post_init__(self):
         super().__post_init__()
