@@ -143,7 +143,7 @@ def compare(arms: Annotated[list[str], typer.Argument(help="methods, each with i
 
     Example: `volvelle compare grpo "calibrated=grpo advantage=ngrpo" --task tree --steps 50 --seeds 5`
     """
-    shared = [a for a in arms if " " not in a and "=" in a and "." in a.partition("=")[0]]
+    shared = [a for a in arms if " " not in a and "=" in a and not verbs.is_method(a.partition("=")[2])]
     numbers = _number_list(seeds)
     with progress("comparing") as tell:
         made = verbs.compare([a for a in arms if a not in shared], task, model, seeds=numbers[0] if "," not in seeds else numbers, folder=folder, backend=backend,

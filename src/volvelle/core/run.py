@@ -202,7 +202,7 @@ class Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for path, saved in state["live"].items():
-            if path not in self.live:
+            if not hasattr(self.live.get(path), "load_state_dict"):
                 raise RunStopped(f"the checkpoint holds state of {path!r}, which this recipe does not have")
             self.live[path].load_state_dict(saved)
         for path, model in self.models.items():
@@ -227,15 +227,26 @@ class Run:
 
     def begin(self) -> None:
         """Make the folder. Called only when everything could be started."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_yaml(self.folder / "config.yaml", config_data(self.config))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._describe()
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written: {error.strerror}") from error
+        self._forget(-1)
         write_json(self.folder / "environment.json", environment(self))
 
-    def truncate(self) -> None:
-        """Forget rows written after the checkpoint that is being resumed."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            rows = [r for r in read_lines(self.folder / name) if r["step"] <= self.step]
-            write_text(self.folder / name, "".join(json.dumps(r) + "\n" for r in rows))
+    def resume(self) -> None:
+        """Forget rows written after the checkpoint that has been loaded; the configuration may have become longer."""
+        self._forget(self.step)
+        self._describe()
+
+    def _describe(self) -> None:
+        write_yaml(self.folder / "config.yaml", config_data(self.config))
+
+    def _forget(self, after: int) -> None:
+        for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+            if path.exists():
+                write_text(path, "".join(json.dumps(r) + "\n" for r in read_lines(path) if r["step"] <= after))
 
 
 def config_data(config: RunConfig) -> dict:

@@ -244,6 +244,12 @@ def methods() -> list[Method]:
     return sorted(registry.methods.values(), key=lambda m: (m.wing, m.name))
 
 
+def is_method(name: str) -> bool:
+    """Whether a method of that name is registered (in any wing)."""
+    registry.load()
+    return any(name in (m.name, m.key) for m in registry.methods.values())
+
+
 def tasks() -> dict[str, str]:
     """Names that --task takes, with one line each."""
     registry.load()
