@@ -13,7 +13,6 @@ from .errors import UserError
 from .files import read_json, write_json, write_text
 from .launch import Job, run_jobs
 from .parts import Recipe, coerce
-from .plots import final_values
 from .run import RunConfig
 from .statistics import Expectation, Outcome, combine, verdict
 from .tasks import Model, Task
@@ -152,6 +151,8 @@ def _record(name, claim, scale, settled, outcomes, comparison) -> dict:
 
 def save_reproduction(made: Reproduction, folder: str | Path) -> tuple[Path, Path]:
     """Write <method>.json and <method>.svg: the only way a verdict gets into reproductions/."""
+    from .plots import final_values
+
     folder, name = Path(folder), made.record["method"]
     metric = Expectation.parse(made.record["expectations"][0]["text"]).metric
     values = {arm: v[metric] for arm, v in made.comparison.values.items() if metric in v}

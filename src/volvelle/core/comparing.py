@@ -12,7 +12,6 @@ from .errors import UserError
 from .files import read_json, read_lines
 from .launch import Job, run_jobs
 from .parts import to_config
-from .report import ArmData, Sample, write_report
 from .run import RunConfig, config_data
 from .statistics import Outcome, mean_interval, paired
 
@@ -63,14 +62,18 @@ class Comparison:
                 out[metric] = (steps, np.array([[v for _, v in one] for one in series]))
         return out
 
-    def samples(self, arm: str) -> list[Sample]:
-        """The last evaluated completions of the first seed."""
+    def samples(self, arm: str) -> list:
+        """The last evaluated completions of the first seed, as report.Sample."""
+        from .report import Sample
+
         rows = [r for r in read_lines(self.run_folder(arm, self.seeds[0]) / "samples.jsonl") if r.get("split") != "train"]
         last = max((r["step"] for r in rows), default=0)
         return [Sample(_text(r["prompt"]), r["response"], r.get("solved"), r["reward"]) for r in rows if r["step"] == last]
 
     def write(self, title: str, metrics: Sequence[str] | None = None, says: str | None = None, outcomes: Sequence[Outcome] = ()) -> Path:
         """report.html in the comparison's folder. metrics: those of the final table (all when not given)."""
+        from .report import ArmData, write_report  # the plotting library takes a second to import: only who draws waits for it
+
         arms = []
         for name, config in self.arms.items():
             wanted = [m for m in self.values[name] if not m.endswith(("_low", "_high"))]

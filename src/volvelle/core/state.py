@@ -97,7 +97,8 @@ def fingerprint(state: Any) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         hasher.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.reshape(-1))  # one number expanded has stride 0
+        hasher.update(flat.view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()
 
 

@@ -248,10 +248,13 @@ def methods() -> list[Method]:
 def tasks() -> dict[str, str]:
     """Names that --task takes, with one line each."""
     registry.load()
-    named = {name: (value if isinstance(value, type) else type(value)).__doc__.strip().splitlines()[0] for name, value in registry.table(Task).items()
-             if name not in Task.readers}
-    prefixed = {f"{prefix}:…": (reader.__doc__ or "").strip().splitlines()[0] for prefix, reader in Task.readers.items()}
-    free = {f"<{f.accepts}>": (f.__doc__ or "").strip().splitlines()[0] for f in Task.fallback}
+    def line(found: Any) -> str:
+        return (found.__doc__ or "").strip().partition("\n")[0]
+
+    table = {name: value if isinstance(value, type) else type(value) for name, value in registry.table(Task).items()}
+    named = {name: line(value) for name, value in table.items() if name not in Task.readers}
+    prefixed = {f"{prefix}:…": line(table.get(prefix, reader)) for prefix, reader in Task.readers.items()}
+    free = {f"<{f.accepts}>": line(f) for f in Task.fallback}
     return named | prefixed | free
 
 

@@ -56,6 +56,9 @@ class LanguageLearner:
         self.losses = {name: run.start("objective" if name == "objective" else f"terms.{name}", o) for name, o in recipe.losses().items()}
         self.temperature = recipe.sampler.temperature or 1.0
         self.size = self.policy.parameters
+        updates, kl_in_reward = recipe.updates, recipe.kl is not None and recipe.kl.place == "reward"
+        # With one update per batch the policy that is updated *is* the old policy: its log-probs come with the loss's own pass.
+        self.one_update = updates.epochs == 1 and updates.minibatch is None and not kl_in_reward and "old" not in recipe.sampling_needs
 
     # ---------------------------------------------------------------------------------------------------------------- the step
 
@@ -138,9 +141,9 @@ class LanguageLearner:
         """Old, reference and value passes, only those that somebody needs, and old only for rows the sampler did not draw exactly."""
         needs, roles = self.recipe.needs, self.roles()
         keep = batch.acted(roles)
-        if "old" in needs:
+        if "old" in needs and not self.one_update:
             stats = frozenset().union(*(getattr(o, "old_needs", ()) for o in self.recipe.losses().values()))
-            inexact = ~batch.exact | (keep & ~batch.acted((POLICY,))).any(1)
+            inexact = ~(batch.exact & self.policy.steps_exactly) | (keep & ~batch.acted((POLICY,))).any(1)
             if stats or inexact.all():
                 batch.old = self.score_in_parts(self.policy, batch, keep, stats)
             else:
@@ -208,6 +211,8 @@ class LanguageLearner:
             micro = mini.select(rows)
             width = micro.ids.shape[1]
             scores = self.policy.score(micro, keep[rows][:, :width], self.recipe.loss_needs, self.temperature)
+            if self.one_update:
+                micro.old = scores.detach()
             total = 0.0
             for name, weight in weights.items():
                 matrix = self.kl.loss(scores, micro) if name == "kl" else self.losses[name](scores, micro)

@@ -30,7 +30,8 @@ class Policy:
     """What every kind of policy has in common.
 
     vocabulary: number of token ids; context: longest prompt plus response; end_ids: tokens that end a response;
-    module: the torch module; trainable: set once the run has taken the module in.
+    module: the torch module; trainable: set once the run has taken the module in; steps_exactly: stepping and scoring give the same
+    log-probs (to rounding of float32), so that what the sampler recorded need not be computed again.
     """
 
     vocabulary: int
@@ -38,6 +39,7 @@ class Policy:
     end_ids: tuple[int, ...] = ()
     module: torch.nn.Module
     trainable: Trainable | None = None
+    steps_exactly: bool = True
 
     def own(self, run, optimiser: Optimiser | None) -> "Policy":
         """Hand the weights to the run, which places, steps and checkpoints them."""
@@ -124,6 +126,7 @@ class CausalPolicy(Policy):
 
     def __init__(self, module: torch.nn.Module, tokenizer: Any, dtype: str = "float32", compiled: bool = False):
         self.module, self.tokenizer, self.dtype = module, tokenizer, dtype
+        self.steps_exactly = dtype == "float32"
         config = self.model.config
         self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
         self.context = getattr(config, "max_position_embeddings", None) or 1 << 20

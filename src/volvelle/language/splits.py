@@ -1,0 +1,63 @@
+"""Splits of generated questions that never overlap: an endless stream without repeats, cut into regions in a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from volvelle.core.errors import UserError, unknown
+
+SPLITS = ("train", "validation", "test")
+
+
+class Stream:
+    """The distinct items of `draws`, made only as far as somebody asks.
+
+    regions: name -> size, in the order in which they take items, so that what comes first does not depend on the size of what comes
+    later; key: what makes two items the same question; owner: for errors.
+    """
+
+    def __init__(self, draws: Iterator[Any], key: Callable[[Any], Any], regions: Mapping[str, int], owner: str):
+        self.draws, self.key, self.regions, self.owner = draws, key, dict(regions), owner
+        self.items: list[Any] = []
+        self.seen: set[Any] = set()
+        self.drawn = 0
+
+    def region(self, name: str) -> list[Any]:
+        """The items of one region. UserError when the generator has not enough different questions."""
+        if name not in self.regions:
+            raise unknown("split", name, [r for r in self.regions if r in SPLITS], f" of {self.owner}")
+        start = 0
+        for other, size in self.regions.items():
+            if other == name:
+                return self._take(start + size)[start:]
+            start += size
+
+    def _take(self, count: int) -> list[Any]:
+        repeats = 0
+        while len(self.items) < count:
+            item = next(self.draws)
+            key = self.key(item)
+            self.drawn += 1
+            if key in self.seen:
+                repeats += 1
+                if repeats > 1000 + 20 * len(self.items):
+                    raise self._too_few()
+                continue
+            repeats = 0
+            self.seen.add(key)
+            self.items.append(item)
+        return self.items[:count]
+
+    def _too_few(self) -> UserError:
+        asked, total, found = ", ".join(f"{name}={size}" for name, size in self.regions.items()), sum(self.regions.values()), len(self.items)
+        rest = found - (total - self.regions.get("train", 0))
+        advice = f"train={rest} would fit" if rest > 0 else "make the splits smaller or the task wider"
+        return UserError(f"{self.owner}: only {found} distinct questions (in {self.drawn} draws), and {total} are asked for ({asked}); {advice}")
+
+
+def not_empty(prompts: list, name: str, owner: str) -> list:
+    """The prompts of a split, or a UserError where it was given no size."""
+    if not prompts:
+        raise UserError(f"{owner}: the {name} split is empty; give it a size (task.{name}=…) or use another split")
+    return prompts
