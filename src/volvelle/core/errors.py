@@ -11,7 +11,14 @@ class UserError(Exception):
 
 
 class RunStopped(Exception):
-    """A run that cannot go on (NaN loss, failing reward, full disk). Says the step and the cause. Exit code 1."""
+    """A run that cannot go on (NaN loss, failing reward, full disk). Says the step and the cause. Exit code 1.
+
+    intact: what has been trained so far is sound (an environment failed, say), so the trainer keeps it in a last checkpoint.
+    """
+
+    def __init__(self, message: str, intact: bool = False):
+        super().__init__(message)
+        self.intact = intact
 
 
 def unknown(kind: str, name: str, accepted: Iterable[str], where: str = "") -> UserError:

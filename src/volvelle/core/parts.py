@@ -10,9 +10,11 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Union
 
@@ -25,6 +27,8 @@ from .registry import Method, registry
 
 NEEDS = frozenset({"old", "behaviour", "reference", "entropy", "mean_logp", "values", "groups", "advantages", "binary_rewards",
                    "stepwise", "support", "images", "scalar_head"})
+permitted: ContextVar[Callable[[str, str], None]] = ContextVar("permitted", default=lambda module, target: None)
+"""Called with (module, target) before a function is imported by name; raises where that is not allowed (see run.read_config)."""
 
 
 class Part:
@@ -70,7 +74,10 @@ class Part:
 
     def override(self, *words: str, **paths) -> "Part":
         """A copy with dotted overrides applied: `override("advantage=ngrpo", "advantage.max_reward=1")`."""
-        return apply_overrides(self, parse_overrides(words) | paths)
+        given = parse_overrides(words)
+        if both := set(given) & set(paths):
+            raise UserError(f"override {min(both)} is given twice")
+        return apply_overrides(self, given | paths)
 
 
 class Recipe(Part):
@@ -131,7 +138,7 @@ def preset(name: str, value: Part) -> Part:
 def method(name: str, recipe: Recipe, *, title: str, source: str, claim: Any = None, module: str | None = None) -> Recipe:
     """Register a recipe as a named method of its wing; returns the recipe."""
     module = module or inspect.currentframe().f_back.f_globals["__name__"]
-    registry.add_method(Method(name, type(recipe).wing, recipe, title, source, module, claim))
+    registry.add_method(Method(name, recipe.wing, recipe, title, source, module, claim))
     return recipe
 
 
@@ -195,8 +202,8 @@ def coerce(annotation: Any, value: Any, path: str) -> Any:
     if isinstance(value, str) and type(None) in members and value.lower() in ("none", "null"):
         return None
     if isinstance(value, Part) and slots:
-        if any(isinstance(value, s) for s in slots) or (isinstance(value, Call) and any(s.call for s in slots)):
-            return value.bound(next(s for s in slots if s.call)) if isinstance(value, Call) else value
+        if any(isinstance(value, s) for s in slots) or (isinstance(value, Call) and any(s.call is not None for s in slots)):
+            return value.bound(next(s for s in slots if s.call is not None)) if isinstance(value, Call) else value
         raise UserError(f"{path}: a {type(value).slot} part ({value.part_name}) does not fit; expected {describe(annotation)}")
     if slots:
         plain = [m for m in members if m not in slots]
@@ -204,16 +211,19 @@ def coerce(annotation: Any, value: Any, path: str) -> Any:
             return from_config(annotation, value, path)
         if callable(value) and not isinstance(value, type):
             for s in slots:
-                if s.call:
+                if s.call is not None:
                     return Call(value).bound(s)
         if plain and not (plain == [type(None)] and value is not None):
             try:
                 return coerce(Union[tuple(plain)], value, path)
-            except UserError:
-                if not isinstance(value, str):
-                    raise
+            except UserError as error:
+                if not isinstance(value, str) or not any(value in registry.table(s) for s in slots):
+                    raise UserError(str(error).replace(describe(Union[tuple(plain)]), describe(annotation))) from None
         if isinstance(value, str):
             return build(slots, value, {}, path)
+        for s in slots:
+            if (made := getattr(s, "from_object", lambda value: None)(value)) is not None:
+                return made
         raise UserError(f"{path}={value!r}: expected {describe(annotation)}")
     if inner := slots_in_dict(annotation):
         if not isinstance(value, Mapping):
@@ -255,6 +265,7 @@ class Call(Part):
         if callable(self.target):
             return self.target
         module, _, name = self.target.partition(":")
+        permitted.get()(module, self.target)
         try:
             found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
         except ModuleNotFoundError as error:
@@ -269,13 +280,19 @@ class Call(Part):
     def name(self) -> str:
         if isinstance(self.target, str):
             return self.target
-        return f"{self.target.__module__}:{self.target.__qualname__}"
+        named = self.target if hasattr(self.target, "__qualname__") else type(self.target)
+        return f"{named.__module__}:{named.__qualname__}"
 
-    @property
+    @functools.cached_property
     def portable(self) -> bool:
+        """Whether the name leads back to this very function, in another program too."""
         if isinstance(self.target, str):
             return True
-        return "<" not in self.name and not self.name.startswith("__main__:")
+        module, _, name = self.name.partition(":")
+        try:
+            return module != "__main__" and functools.reduce(getattr, name.split("."), sys.modules[module]) is self.target
+        except (AttributeError, KeyError):
+            return False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -292,7 +309,9 @@ class Call(Part):
         if tuple(positional) != slot.call:
             raise UserError(f"function {self.name!r} takes ({', '.join(positional)}); a {slot.slot} function takes ({', '.join(slot.call)})")
         free = {p.name: p for p in parameters.values() if p.kind == p.KEYWORD_ONLY}
-        hints = typing.get_type_hints(self.function)
+        named = inspect.unwrap(getattr(self.function, "func", self.function))  # inside functools.partial
+        described = named if inspect.isroutine(named) else named.__init__ if isinstance(named, type) else type(named).__call__
+        hints = typing.get_type_hints(described) if self.kwargs else {}
         kwargs = {}
         for key, value in self.kwargs.items():
             if key not in free:
@@ -315,9 +334,9 @@ def to_config(value: Any) -> Any:
         if value.portable:
             return {"call": value.name, **{k: to_config(v) for k, v in value.kwargs.items()}}
         try:
-            source = inspect.getsource(value.target)
-        except OSError:
-            source = "(source not available)"
+            source = inspect.getsource(getattr(value.target, "func", value.target))
+        except (OSError, TypeError):
+            source = repr(value.target).partition(" at 0x")[0]
         return {"call": value.name, "unportable": True, "source": source}
     if isinstance(value, Part):
         return {"part": value.part_name or type(value).__name__.lower(), **{f.name: to_config(getattr(value, f.name)) for f in fields(value)}}
@@ -351,7 +370,7 @@ def from_config(annotation: Any, data: Any, path: str = "") -> Any:
 def build(slots: list[type], name: str, values: Mapping[str, Any], path: str) -> Part:
     """The part called `name` in one of the slots, with some of its fields given."""
     found = next((registry.table(s)[name] for s in slots if name in registry.table(s)), None)
-    if found is None and ":" in name and (callable_slot := next((s for s in slots if s.call), None)):
+    if found is None and ":" in name and (callable_slot := next((s for s in slots if s.call is not None), None)):
         return Call(name, dict(values)).bound(callable_slot)
     if found is None:
         reader = next((s for s in slots if hasattr(s, "from_text")), None)
@@ -377,7 +396,7 @@ def _no_part(slots: list[type], name: str, path: str) -> UserError:
     elsewhere = sorted({s.slot for s, table in registry.parts.items() if name in table})
     names = {n for s in slots for n in registry.table(s)}
     where = f" for {path}" + (f" ({name!r} is a {' and a '.join(elsewhere)} part)" if elsewhere else "")
-    extra = ["module:function"] if any(s.call for s in slots) else []
+    extra = ["module:function"] if any(s.call is not None for s in slots) else []
     return unknown(f"{slots[0].slot} part", name, [*names, *extra], where)
 
 

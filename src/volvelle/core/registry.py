@@ -67,7 +67,8 @@ class Registry:
     def add_part(self, slot: type, name: str, value: Any) -> None:
         table = self.parts.setdefault(slot, {})
         old = table.get(name)
-        if old is not None and _origin(old) != _origin(value):
+        same = isinstance(old, type) == isinstance(value, type) and (_origin(old) == _origin(value) if isinstance(value, type) else old == value)
+        if old is not None and not same:
             raise UserError(f"{slot.slot} part {name!r} is registered twice: by {_origin(old)} and {_origin(value)}")
         table[name] = value
 
@@ -115,3 +116,17 @@ def _origin(value: Any) -> str:
 
 
 registry = Registry()
+
+
+def wing_methods(wing: str, spelled: dict[str, str] | None = None):
+    """A module's `__getattr__` that finds the recipes of a wing by name (`-` written as `_`, and the spellings given)."""
+
+    def find(name: str):
+        if not name.startswith("_"):
+            registry.load()
+            found = registry.methods.get((wing, (spelled or {}).get(name, name.replace("_", "-"))))
+            if found is not None:
+                return found.recipe
+        raise AttributeError(f"module 'volvelle.{wing}' has no attribute {name!r}")
+
+    return find

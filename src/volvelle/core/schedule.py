@@ -72,7 +72,7 @@ class Table(Schedule):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.steps) != len(self.values) or self.steps[0] != 0 or list(self.steps) != sorted(set(self.steps)):
+        if len(self.steps) != len(self.values) or self.steps[:1] != (0,) or list(self.steps) != sorted(set(self.steps)):
             raise UserError(f"table: steps {self.steps} must start at 0, rise, and match values {self.values} one to one")
 
     def at(self, step):

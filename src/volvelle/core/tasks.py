@@ -18,6 +18,13 @@ class Task(Part):
     metric: ClassVar[str] = "score"
     readers: ClassVar[dict[str, Any]] = {}
     fallback: ClassVar[list[Any]] = []
+    converters: ClassVar[list[Any]] = []
+
+    @classmethod
+    def from_object(cls, value: Any) -> "Task | None":
+        """The task made of an object of another library (a Gymnasium environment), or None; converters are added by the wings."""
+        registry.load()
+        return next((task for convert in Task.converters if (task := convert(value)) is not None), None)
 
     @classmethod
     def from_text(cls, text: str, path: str = "task") -> "Task":

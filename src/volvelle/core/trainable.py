@@ -154,7 +154,7 @@ class Lagged:
                  module: torch.nn.Module | None = None):
         if every is not None and tau is not None:
             raise ValueError("give every or tau, not both; neither means that only refresh() copies")
-        self.source, self.every, self.tau, self.count = source, every, tau, 0
+        self.source, self.every, self.tau, self.count, self._pairs = source, every, tau, 0, None
         self.module = (copy.deepcopy(source.module) if module is None else module).requires_grad_(False).eval()
 
     def __call__(self, *args, **kwargs):
@@ -162,14 +162,21 @@ class Lagged:
             return self.module(*args, **kwargs)
 
     def refresh(self, tau: float = 1.0) -> None:
-        """target <- (1 - tau) target + tau source."""
-        mine = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        """Parameters: target <- (1 - tau) target + tau source. Buffers (batch statistics) are copied."""
+        if self._pairs is None:
+            def pairs(kind: str):
+                mine, theirs = dict(getattr(self.module, kind)()), dict(getattr(self.source.module, kind)())
+                return [mine[k] for k in theirs], [*theirs.values()]
+
+            self._pairs = pairs("named_parameters"), pairs("named_buffers")
+        (mine, theirs), (buffers, originals) = self._pairs
         with torch.no_grad():
-            for name, tensor in [*self.source.module.named_parameters(), *self.source.module.named_buffers()]:
-                if tau == 1.0 or not tensor.is_floating_point():
-                    mine[name].copy_(tensor)
-                else:
-                    mine[name].lerp_(tensor, tau)
+            if tau == 1.0:
+                torch._foreach_copy_(mine, theirs)
+            else:
+                torch._foreach_lerp_(mine, theirs, tau)
+            if buffers:
+                torch._foreach_copy_(buffers, originals)
 
     def update(self) -> None:
         self.count += 1

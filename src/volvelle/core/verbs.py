@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from .claims import Reproduction, run_claim
 from .comparing import Comparison, compare_arms
 from .errors import UserError
-from .files import read_json
+from .files import read_json, read_lines
 from .parts import Recipe, coerce, parse_overrides
 from .registry import Method, registry
 from .run import RunConfig, read_config
@@ -227,7 +226,7 @@ class _SingleRun(Comparison):
     def __init__(self, folder: Path, allow_code=()):
         config = read_config(folder, tuple(allow_code))
         done = folder / "result.json"
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = read_lines(folder / "metrics.jsonl")
         last = {k.removeprefix("eval/"): v for row in rows for k, v in row.items() if k.startswith("eval/")}
         super().__init__({config.method or "run": config}, [config.seed], folder, {config.method or "run": [read_json(done) if done.is_file() else {"metrics": last}]})
 
@@ -243,6 +242,12 @@ def methods() -> list[Method]:
     """Every registered method, by wing and name."""
     registry.load()
     return sorted(registry.methods.values(), key=lambda m: (m.wing, m.name))
+
+
+def is_method(name: str) -> bool:
+    """Whether a method of that name is registered (in any wing)."""
+    registry.load()
+    return any(name in (m.name, m.key) for m in registry.methods.values())
 
 
 def tasks() -> dict[str, str]:

@@ -75,7 +75,7 @@ class LanguageLearner:
 
     def collect(self) -> tuple[list[Rollout], dict[str, float]]:
         """Rollouts of one step: sampled, scored, filtered, and sampled again until the batch is full if the filter refills."""
-        target, kept, metrics, everything, rounds = self.recipe.prompts, [], {}, [], 0
+        target, sieve, kept, everything, rounds = self.recipe.prompts, self.recipe.filter, [], [], 0
         while True:
             rollouts = self.sample(self.draw(target))
             for r in rollouts:
@@ -84,9 +84,9 @@ class LanguageLearner:
             everything += rollouts
             rounds += 1
             kept += self.sift(rollouts)
-            if self.filter is None or not self.filter.refill or len({r.group for r in kept}) >= target:
+            if sieve is None or not sieve.refill or len({r.group for r in kept}) >= target:
                 break
-            if self.filter.max_rounds and rounds >= self.filter.max_rounds:
+            if sieve.max_rounds and rounds >= sieve.max_rounds:
                 raise RunStopped(f"after {rounds} rounds the filter has kept {len({r.group for r in kept})} of {target} groups; "
                                  "raise filter.max_rounds, choose an easier or harder task, or set filter.refill=false")
         first = sorted({r.group for r in kept})[:target]

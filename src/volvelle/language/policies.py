@@ -66,17 +66,21 @@ class Policy:
 
     def score(self, batch: Batch, keep: torch.Tensor, needs: frozenset[str] = frozenset(), temperature: float = 1.0) -> Scores: ...
 
-    def frozen_copy(self) -> "Policy":
-        """The policy as it is now, for ever."""
+    def twin(self) -> "Policy":
+        """A frozen copy that shares no weights with this policy."""
         twin = copy.copy(self)
         twin.__dict__.pop("_stops", None)
         twin.trainable = None
         twin.module = copy.deepcopy(self.module).requires_grad_(False).eval()
         return twin
 
+    def frozen_copy(self) -> "Policy":
+        """The policy as it is now, for ever, able to score."""
+        return self.twin()
+
     def lagged(self, run, every: int | None = None, tau: float | None = None) -> "Policy":
         """A frozen twin that follows this policy; `.follow` is the Lagged (refresh(), update()), checkpointed under the asking part's path."""
-        twin = self.frozen_copy()
+        twin = self.twin()
         twin.follow = run.lagged(self.trainable, every, tau, twin.module)
         return twin
 
@@ -224,12 +228,10 @@ class CausalPolicy(Policy):
         return scores_from(flat, keep.shape, rows, cols)
 
     def frozen_copy(self):
-        if hasattr(self.module, "disable_adapter"):
-            return _WithoutAdapter(self)
-        return self._twin()
+        return _WithoutAdapter(self) if hasattr(self.module, "disable_adapter") else self.twin()
 
-    def _twin(self) -> "CausalPolicy":
-        twin = super().frozen_copy()
+    def twin(self):
+        twin = super().twin()
         twin.backbone = body_of(twin.model)
         return twin
 
@@ -244,7 +246,6 @@ class CausalPolicy(Policy):
             model = copy.deepcopy(model).merge_and_unload()
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
 
     def read(self, folder):
         from peft import set_peft_model_state_dict
@@ -273,9 +274,9 @@ class _ValueModel(torch.nn.Module):
 
     def __init__(self, policy: CausalPolicy):
         super().__init__()
-        twin = policy._twin()
+        twin = policy.twin()
         self.body = twin.backbone.requires_grad_(True)
-        self.value = torch.nn.Linear(policy.width, 1)
+        self.value = torch.nn.utils.skip_init(torch.nn.Linear, policy.width, 1)  # the usual start would draw global random numbers
         torch.nn.init.zeros_(self.value.weight)
         torch.nn.init.zeros_(self.value.bias)
         self._policy = [twin]  # in a list: its output layer is not part of this module

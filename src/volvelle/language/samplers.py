@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Literal
 
 import torch
@@ -10,6 +11,7 @@ from pydantic import Field
 from volvelle.core.errors import RunStopped
 from volvelle.core.parts import part
 
+from .engines import VLLMEngine
 from .records import FORCED, Prompt, Rollout
 from .sampling import Sampling, generate
 from .slots import Sampler
@@ -22,7 +24,7 @@ class Plain(Sampler):
     """`group` independent responses to each prompt.
 
     max_tokens, stop: None = the task's. overlong: what to do with a prompt that does not fit into the context with its response.
-    entropy: also record the entropy of the distribution at every token.
+    engine: transformers steps through the policy here; vllm samples faster where it is installed.
     """
 
     group: Count = 8
@@ -50,7 +52,7 @@ class LivePlain:
         self.part, self.run = description, run
         self.rng = run.torch_rng("sampler")
         self.sampling = description.sampling(run.config.task)
-        self.engine = run.policy if description.engine == "transformers" else _vllm(run)
+        self.rollouts = VLLMEngine(run.policy).rollouts if description.engine == "vllm" else functools.partial(generate, run.policy)
         self.entropy = "entropy" in run.config.recipe.sampling_needs
 
     def fitting(self, prompts: list[Prompt]) -> list[Prompt]:
@@ -62,13 +64,7 @@ class LivePlain:
         prompts = self.fitting(prompts)
         if not prompts:
             raise RunStopped("every prompt drawn is longer than the policy's context allows")
-        return generate(self.engine, prompts, self.part.group, self.sampling, self.rng, self.entropy)
-
-
-def _vllm(run):
-    from .engines import VLLMEngine
-
-    return VLLMEngine(run.policy)
+        return self.rollouts(prompts, self.part.group, self.sampling, self.rng, self.entropy)
 
 
 @part("logged")
@@ -77,6 +73,7 @@ class Logged(Sampler):
 
     group: Count = 1
     temperature: float = 1.0
+    makes = (FORCED,)
 
     def start(self, run):
         return LiveLogged(self, run)

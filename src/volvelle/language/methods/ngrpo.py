@@ -12,6 +12,10 @@ Pick it when a large share of the groups is all wrong. It buys little when most 
 The paper prints the population deviation; its figure and its code use the sample deviation: `ddof` (default 1, the code's).
 The released code cuts surplus rows before the statistics, so that one group per batch can be incomplete; here groups are always whole.
 Its inherited entropy bonus of 0.001, which the paper does not mention, is `terms.entropy=entropy` here and off.
+
+The claim runs on the prompt tree, without refilling, so that both arms draw the same number of samples. With 5 seeds it gave pass@256 +0.109
+[+0.041, +0.177] and solved +0.084 [-0.004, +0.173], inconclusive; it runs 10 seeds since. Clip-higher alone (0.2 / 0.28) changes nothing there:
+with two updates per batch the ratios stay inside the window.
 """
 
 from __future__ import annotations
@@ -85,9 +89,9 @@ tree = dict(prompts=128, updates=Updates(optimiser=Adam(lr=0.05), minibatch=64),
 
 claim = Claim(
     says="learns from groups in which every answer is wrong: more of the hardest prompts get solved from the same number of samples",
-    arms={"grpo": grpo(**tree), "dapo-clip": grpo(**tree, objective=Clipped(0.2, 0.28)),
+    arms={"grpo": grpo(**tree),
           "ngrpo": grpo(**tree, **ngrpo_parts, filter=Drop(which="correct", refill=False))},
-    task="tree", model="tabular", steps=100, seeds=5, minutes=3,
+    task="tree", model="tabular", steps=100, seeds=10, minutes=4,
     expects=("ngrpo > grpo on solved", "ngrpo > grpo on pass@256"))
 
 ngrpo = method("ngrpo", LanguageRecipe(**ngrpo_parts, filter=drop_all_correct), title="Credit for groups in which every answer is wrong",

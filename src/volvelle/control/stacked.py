@@ -1,0 +1,118 @@
+"""Training several seeds as one model: their random numbers, and the Trainable that clips and steps them together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from volvelle.core.errors import RunStopped
+from volvelle.core.run import Run
+from volvelle.core.trainable import Optimiser, Trainable
+from volvelle.core.schedule import at
+
+from .heads import Distribution
+from .networks import reset
+
+
+class Streams:
+    """Random numbers of S seeds, `first` ... `first + S - 1`: each seed draws what it would draw in a run of its own.
+
+    Everything comes back with a leading seed axis. All streams are checkpointed by the run.
+    """
+
+    def __init__(self, run: Run, name: str, seeds: int, first: int | None = None):
+        first = run.seed if first is None else first
+        self.generators = [run.rng(name, first + i) for i in range(seeds)]
+
+    @classmethod
+    def fixed(cls, name: str, numbers: Sequence[int]) -> "Streams":
+        """Streams outside any run, from plain numbers: for evaluation, which must leave the run's numbers alone."""
+        made = cls.__new__(cls)
+        made.generators = [np.random.default_rng([*name.encode(), n]) for n in numbers]
+        return made
+
+    def normal(self, *shape: int) -> np.ndarray:
+        return np.stack([g.standard_normal(shape, np.float32) for g in self.generators])
+
+    def uniform(self, *shape: int) -> np.ndarray:
+        return np.stack([g.random(shape, np.float32) for g in self.generators])
+
+    def gumbel(self, *shape: int) -> np.ndarray:
+        return -np.log(np.stack([g.standard_exponential(shape, np.float32) for g in self.generators]) + 1e-20)
+
+    def integers(self, high: int, *shape: int) -> np.ndarray:
+        return np.stack([g.integers(high, size=shape) for g in self.generators])
+
+    def permutations(self, n: int) -> np.ndarray:
+        return np.stack([g.permutation(n) for g in self.generators])
+
+    def noise(self, head: Distribution, *shape: int) -> Tensor:
+        """A block of what `head.sample` needs: [S, *shape, noise_width]."""
+        if head.noise == "mixed":
+            split = head.noise_width - head.split
+            return torch.from_numpy(np.concatenate([self.normal(*shape, head.split), self.gumbel(*shape, split)], -1))
+        return torch.from_numpy(getattr(self, head.noise)(*shape, head.noise_width))
+
+
+class Stacked(Trainable):
+    """A Trainable whose parameters have a leading axis of copies, `seeds` times some members.
+
+    All learnt parameters live in one flat tensor, so that clipping, the optimiser and clearing are one operation each. The gradient norm
+    is bounded for every seed on its own.
+    """
+
+    def __init__(self, name: str, module: torch.nn.Module, optimiser: Optimiser | None, device, seeds: int):
+        super().__init__(name, module, None, device)
+        self.seeds, self.part = seeds, optimiser
+        if optimiser is None:
+            return
+        module.requires_grad_(True).train()
+        self.parameters = list(module.parameters())
+        self.flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
+        self.flat.grad = torch.zeros_like(self.flat)
+        place, self._grads = 0, []
+        for p in self.parameters:
+            piece = slice(place, place := place + p.numel())
+            p.data = self.flat.data[piece].view(p.shape)
+            p.grad = self.flat.grad[piece].view(p.shape)
+            self._grads.append(p.grad.view(seeds, -1))
+        self.optimiser = optimiser.build([self.flat])
+
+    def step(self, scale: float = 1.0) -> float:
+        """Clip, move the parameters with `scale` times the learning rate, clear. Returns the largest norm among the seeds."""
+        clip = self.part.clip
+        if self.seeds == 1:
+            norm = float(torch.linalg.vector_norm(self.flat.grad))
+            if clip is not None and norm > clip:
+                self.flat.grad.mul_(clip / (norm + 1e-6))
+        else:
+            norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in self._grads]).norm(dim=0)
+            norm = float(norms.max())
+            if clip is not None and norm > clip:
+                factors = (clip / (norms + 1e-6)).clamp(max=1.0).unsqueeze(1)
+                for grad in self._grads:
+                    grad.mul_(factors)
+        if not math.isfinite(norm):
+            which = "" if self.seeds == 1 else f" of seed {int(norms.isfinite().int().argmin())} (counted from the run's seed)"
+            self.flat.grad.zero_()
+            raise RunStopped(f"the gradient norm of {self.name}{which} is {norm}")
+        rise = min(1.0, (self.steps + 1) / self.part.warmup) if self.part.warmup else 1.0
+        for group in self.optimiser.param_groups:
+            group["lr"] = at(self.part.lr, self.steps) * rise * scale
+        self.optimiser.step()
+        self.flat.grad.zero_()
+        self.steps += 1
+        return norm
+
+    def reset_optimiser(self) -> None:
+        self.optimiser, self.steps = self.part.build([self.flat]), 0
+
+
+def make(run: Run, name: str, module: torch.nn.Module, optimiser: Optimiser | None, seeds: int, members: int = 1) -> Stacked:
+    """Draw the initial weights of every seed from its own stream, and register the module with the run."""
+    generators = [run.torch_rng(f"{name}/initial", run.seed + i) for i in range(seeds) for _ in range(members)]
+    return run.register(name, Stacked(name, reset(module, generators), optimiser, run.device, seeds))
