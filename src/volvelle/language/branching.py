@@ -6,12 +6,16 @@ Forking and dropping go to the stepper as one `select`: no key or value is compu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
+
+from volvelle.core.parts import Part, part, preset
 
 from .records import Prompt, Rollout
 from .sampling import Sampling, encode_all
+from .similarity import edit_distance, rouge_l, suffix_match
 
 
 class Forest:
@@ -108,3 +112,25 @@ class Forest:
         text, finished = self.stops.text(ids)
         return Rollout(self.prompts[slot // self.room], ids, text, self.logps[slot, :n].clone(), "stop" if finished else "length",
                        entropy=self.entropy[slot, :n].clone() if entropy else None, exact=exact, group=slot // self.room, meta=meta)
+
+
+@part("alike")
+class Pruning(Part):
+    """When a child has become too like its parent. Presets: edit (distance / length < 0.4), suffix (shared suffix / length > 0.2) and rouge-l
+    (F1 > 0.5), which the released code uses together for mathematics, and random (with probability `threshold`; an ablation)."""
+
+    slot = "pruning"
+    measure: Literal["edit", "suffix", "rouge-l", "random"] = "edit"
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.4
+
+    def __call__(self, child: list[int], parent: list[int], rng: torch.Generator, shift: float = 0.0) -> bool:
+        """Windows of one length; shift: added strictness while thresholds adapt."""
+        if self.measure == "edit":
+            return edit_distance(child, parent) / len(child) < self.threshold + shift
+        if self.measure == "random":
+            return bool(torch.rand((), generator=rng) < self.threshold)
+        return (suffix_match if self.measure == "suffix" else rouge_l)(child, parent) > self.threshold - shift
+
+
+edit, suffix = preset("edit", Pruning("edit", 0.4)), preset("suffix", Pruning("suffix", 0.2))
+rouge, at_random = preset("rouge-l", Pruning("rouge-l", 0.5)), preset("random", Pruning("random", 0.5))

@@ -10,12 +10,9 @@ Idea. Grow each group as a tree.
     4. Stop as soon as the trees are full and every child is judged; the branches are finished by ordinary sampling.
 Only k = round(eta G) responses of a group come from the tree, the others are ordinary samples; eta falls over training.
 Pick it when groups are homogeneous and responses long. Leave it for responses of a few tokens: apart from its forks the tree is greedy.
-
 The update is that of any other method (`dapo sampler=latr`): responses count as sampled from the policy, nothing corrects for the tree.
-Forking and pruning move rows of booleans over shared keys (stepping.py); no token is computed twice.
-Differences to the released code: a suppressed surplus goes by rank and then branch order as there (`surplus=probability`: the paper's
-rule); the root does not count as a young branch; empty slots are counted against k, not against G; random pruning is one draw per
-branch; loosening the thresholds also loosens suffix and ROUGE-L; `spare` exempts the right branches, and is off by default.
+Forking and pruning move rows of booleans over shared keys (stepping.py); no token is computed twice. Differences to the released code
+are listed in docs/methods/latr.md.
 """
 
 from __future__ import annotations
@@ -28,42 +25,21 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from volvelle.core.claims import Arm, Claim
 from volvelle.core.errors import UserError
-from volvelle.core.parts import Part, method, part, preset
+from volvelle.core.parts import method, part
 from volvelle.core.schedule import Schedule, Table, at
+from volvelle.core.trainable import Adam
 
-from ..branching import Forest
-from ..fittings import KL
-from ..recipe import LanguageRecipe
+from ..branching import Forest, Pruning, edit
+from ..diversity import GroupRecipe
+from ..fittings import KL, Updates
+from ..recipe import Evaluation, LanguageRecipe
 from ..samplers import LivePlain, Plain
 from ..sampling import draw
-from ..similarity import edit_distance, rouge_l, suffix_match
 
 Count = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-MATH = "+-*/\\<>=()[]{}_^&%$0123456789"  # the symbols that the released code means to spare
-
-
-@part("alike")
-class Pruning(Part):
-    """When a child has become too like its parent. Presets: edit (distance / length < 0.4), suffix (shared suffix / length > 0.2) and rouge-l
-    (F1 > 0.5), which the released code uses together for mathematics, and random (with probability `threshold`; an ablation)."""
-
-    slot = "pruning"
-    measure: Literal["edit", "suffix", "rouge-l", "random"] = "edit"
-    threshold: Share = 0.4
-
-    def __call__(self, child: list[int], parent: list[int], rng: torch.Generator, shift: float = 0.0) -> bool:
-        """Windows of one length; shift: added strictness while thresholds adapt."""
-        if self.measure == "edit":
-            return edit_distance(child, parent) / len(child) < self.threshold + shift
-        if self.measure == "random":
-            return bool(torch.rand((), generator=rng) < self.threshold)
-        return (suffix_match if self.measure == "suffix" else rouge_l)(child, parent) > self.threshold - shift
-
-
-edit, suffix = preset("edit", Pruning("edit", 0.4)), preset("suffix", Pruning("suffix", 0.2))
-rouge, at_random = preset("rouge-l", Pruning("rouge-l", 0.5)), preset("random", Pruning("random", 0.5))
 
 
 @part("latr")
@@ -258,6 +234,17 @@ class Growth:
 
 
 countdown = Table((0, 10, 20, 80, 200), (1.0, 0.75, 0.5, 0.25, 0.0))  # eta over training in the released code
+short = Latr(windows=(8,))
+drawn = Evaluation(prompts=64, samples=1, ks=(1,))
+trained = LanguageRecipe(prompts=64, updates=Updates(optimiser=Adam(lr=0.02)), evaluation=Evaluation(samples=8, ks=(1, 8)))
+
+claim = Claim(
+    says="groups hold more different outcomes than sampling gives, which takes the pruning, and training on them is faster",
+    arms={"sampling": Arm(GroupRecipe(evaluation=drawn), steps=0), "unpruned": Arm(GroupRecipe(sampler=short.replace(prune={}), evaluation=drawn), steps=0),
+          "latr": Arm(GroupRecipe(sampler=short, evaluation=drawn), steps=0), "grpo": trained, "grpo-latr": trained(sampler=short.replace(eta=0.5)),
+          "grpo-latr-falling": trained(sampler=short.replace(eta=Table((0, 9, 18), (1.0, 0.5, 0.0))))},
+    task="forks", steps=36, seeds=5, minutes=6,
+    expects=("latr > sampling on distinct", "latr > unpruned on distinct", "grpo-latr > grpo on pass@1"))
 
 latr = method("latr", LanguageRecipe(sampler=Latr(eta=countdown), kl=KL(coefficient=0.01)), title="Groups grown as trees with lookahead pruning",
-              source="arXiv 2510.24302")
+              source="arXiv 2510.24302", claim=claim)

@@ -178,27 +178,28 @@ class ForkStepper:
     """See CausalStepper."""
 
     def __init__(self, policy: ForkPolicy, prompts, members):
-        self.module, self.vocabulary = policy.module, policy.vocabulary
+        self.module, self.vocabulary, self.step = policy.module, policy.vocabulary, 0
         self.world = torch.tensor([p[0] - policy.vocabulary for p, m in zip(prompts, members) for _ in range(m)])
-        self.ids = torch.zeros(len(self.world), 0, dtype=torch.long)
+        self.state = torch.zeros_like(self.world)
         self._look()
 
     @torch.no_grad()
     def _look(self):
-        place = torch.full_like(self.world, self.ids.shape[1])
-        state = self.module.states(self.world, self.ids)[:, -1]
-        odds = self.module.odds(self.world, state, place)
-        first, rows = self.module.word(self.world, state, place), torch.arange(len(self.world))
+        place, rows = torch.full_like(self.world, self.step), torch.arange(len(self.world))
+        odds = self.module.odds(self.world, self.state, place)
+        self.first = self.module.word(self.world, self.state, place)
         self.logits = torch.full((len(rows), self.vocabulary), NEVER)
-        self.logits[rows, (first + 1) % self.vocabulary] = torch.nn.functional.logsigmoid(-odds).clamp(min=NEVER)
-        self.logits[rows, first] = torch.nn.functional.logsigmoid(odds)
+        self.logits[rows, (self.first + 1) % self.vocabulary] = torch.nn.functional.logsigmoid(-odds).clamp(min=NEVER)
+        self.logits[rows, self.first] = torch.nn.functional.logsigmoid(odds)
 
     def advance(self, tokens):
-        self.ids = torch.cat([self.ids, tokens[:, None]], 1)
+        forked = (self.module.places[self.world] == self.step).any(1)
+        self.state = torch.where(forked, 2 * self.state + 1 + (tokens != self.first).long(), self.state)
+        self.step += 1
         self._look()
 
     def select(self, index):
-        self.world, self.ids, self.logits = self.world[index], self.ids[index], self.logits[index]
+        self.world, self.state, self.first, self.logits = (v[index] for v in (self.world, self.state, self.first, self.logits))
 
 
 @part("forks")
