@@ -74,7 +74,7 @@ class LanguageLearner:
         self.credit(batch)
         metrics |= self.improve(batch)
         self.update(batch)
-        return metrics
+        return metrics | self.reports()
 
     def collect(self) -> tuple[list[Rollout], dict[str, float]]:
         """Rollouts of one step: sampled, scored, filtered, and sampled again until the batch is full if the filter refills."""
@@ -261,6 +261,11 @@ class LanguageLearner:
                 live.update(batch)
 
     # --------------------------------------------------------------------------------------------------------------- reporting
+
+    def reports(self) -> dict[str, float]:
+        """What live parts have to tell about the step (`report() -> {name: number}`), named by their path."""
+        told = {path: live.report() for path, live in self.run.live.items() if hasattr(live, "report")}
+        return {f"{path}/{name}": value for path, found in told.items() for name, value in found.items()}
 
     def describe(self, rollouts: list[Rollout]) -> dict[str, float]:
         n = len(rollouts)
