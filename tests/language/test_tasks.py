@@ -82,9 +82,9 @@ def test_a_larger_train_split_moves_no_test_question():
 
 def test_unknown_split_and_empty_split():
     for name in ("digit-sum", "gcd-easy", "tree"):
-        assert "accepted: test, train, validation" in message(lambda: task(name).split("dev"))
+        assert "accepted: test, train, validation" in message(lambda name=name: task(name).split("dev"))
     for name in ("digit-sum", "gcd-easy"):
-        assert "validation split is empty" in message(lambda: task(name, validation=0).split("validation"))
+        assert "validation split is empty" in message(lambda name=name: task(name, validation=0).split("validation"))
 
 
 # -------------------------------------------------------------------------------------------------------------------- reasoning-gym

@@ -81,7 +81,7 @@ class Claim:
         model = coerce(Model | None, made.model if made.model is not None else self.model, "model")
         if model is None and task is not None and getattr(task, "default_model", None) is not None:
             model = coerce(Model, task.default_model, "model")
-        return RunConfig(recipe=made.recipe, task=task, model=model, method=arm, steps=made.steps or self.steps, **self.run)
+        return RunConfig(recipe=made.recipe, task=task, model=model, method=arm, steps=self.steps if made.steps is None else made.steps, **self.run)
 
 
 @dataclass

@@ -56,6 +56,7 @@ class LanguageLearner:
         self.advantage = run.start("advantage", recipe.advantage)
         self.losses = {name: run.start("objective" if name == "objective" else f"terms.{name}", o) for name, o in recipe.losses().items()}
         self.temperature = recipe.sampler.temperature or 1.0
+        self.cap = getattr(getattr(self.sampler, "sampling", None), "max_tokens", None)
         self.size = self.policy.parameters
         updates, kl = recipe.updates, recipe.kl
         kl_sees_old = kl is not None and (kl.place == "reward" or isinstance(kl.coefficient, Coefficient))
@@ -73,7 +74,7 @@ class LanguageLearner:
         self.credit(batch)
         metrics |= self.improve(batch)
         self.update(batch)
-        return metrics
+        return metrics | self.reports()
 
     def collect(self) -> tuple[list[Rollout], dict[str, float]]:
         """Rollouts of one step: sampled, scored, filtered, and sampled again until the batch is full if the filter refills."""
@@ -235,12 +236,15 @@ class LanguageLearner:
         return dict(metrics)
 
     def weights(self, mini: Batch) -> dict[str, torch.Tensor]:
-        """Aggregation as weights [N, T]; muted rows weigh nothing. A loss of one number per response is averaged over responses instead."""
+        """Aggregation as weights [N, T]; muted rows weigh nothing. A loss of one number per response is averaged over responses instead.
+
+        The aggregations that divide by a length take the sampler's cap where the loss sets none.
+        """
         out = {}
         losses = self.recipe.losses() | ({"kl": self.kl.part} if self.kl is not None and self.kl.part.place == "loss" else {})
         for name, loss in losses.items():
             mask = mini.acted(_acts_on(loss)) & mini.train[:, None]
-            out[name] = aggregate(mask, getattr(loss, "aggregation", "token_mean"), getattr(loss, "length", None))
+            out[name] = aggregate(mask, getattr(loss, "aggregation", "token_mean"), getattr(loss, "length", None) or self.cap)
         return out
 
     def ratios(self, scores: Scores, micro: Batch, metrics: dict[str, float]) -> None:
@@ -257,6 +261,11 @@ class LanguageLearner:
                 live.update(batch)
 
     # --------------------------------------------------------------------------------------------------------------- reporting
+
+    def reports(self) -> dict[str, float]:
+        """What live parts have to tell about the step (`report() -> {name: number}`), named by their path."""
+        told = {path: live.report() for path, live in self.run.live.items() if hasattr(live, "report")}
+        return {f"{path}/{name}": value for path, found in told.items() for name, value in found.items()}
 
     def describe(self, rollouts: list[Rollout]) -> dict[str, float]:
         n = len(rollouts)

@@ -26,7 +26,8 @@ def aggregate(mask: torch.Tensor, how: str, length: int | None = None, total_row
     """Weights [N, T] whose product with the loss matrix sums to the aggregated loss. mask [N, T]: tokens with loss (muted rows: none).
 
     token_mean: sum / tokens; sequence_mean: mean over responses of token means; sequence_sum: mean over responses of token sums;
-    constant: sum / (N length); padded: sum / T (verl's constant norm). Responses without a loss token still count in N.
+    constant: sum / (N length); padded: sum / length (verl's constant norm); length None = T. The loop passes the sampler's length cap, so
+    that the divisor does not move with the longest response of a batch. Responses without a loss token still count in N.
     """
     weights = mask.float()
     rows = total_rows or len(mask)
@@ -69,7 +70,8 @@ def sequence_log_ratio(logps: torch.Tensor, old: torch.Tensor, mask: torch.Tenso
 @part("clipped")
 class Clipped(Objective):
     """The clipped surrogate of PPO and GRPO. clip_low / clip_high bound the ratio; dual_clip c (off: none) caps the loss of a very likely
-    bad token; length fixes the divisor of the aggregation "constant"."""
+    bad token; length fixes the divisor of the aggregations "constant" and "padded" (none: the
+    sampler's length cap)."""
 
     clip_low: AtLeast0 = 0.2
     clip_high: AtLeast0 = 0.2

@@ -40,6 +40,7 @@ class Policy:
     module: torch.nn.Module
     trainable: Trainable | None = None
     steps_exactly: bool = True
+    complete_at: int | None = None  # length at which a response is complete without an end token
 
     def own(self, run, optimiser: Optimiser | None) -> "Policy":
         """Hand the weights to the run, which places, steps and checkpoints them."""

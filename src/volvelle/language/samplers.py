@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -93,3 +94,36 @@ def forced(policy, prompt: Prompt, text: str, group: int = 0, **meta) -> Rollout
     ids = policy.encode_text(text) + list(policy.end_ids[:1])
     return Rollout(prompt, ids, text, torch.full((len(ids),), torch.nan), "stop", role=[FORCED] * len(ids), exact=False, group=group,
                    meta={"external": 1.0, **meta})
+
+
+def continued(policy, begun: list[Rollout], sampling: Sampling, rng: torch.Generator) -> list[Rollout]:
+    """Let the policy go on from the tokens that each rollout holds so far, up to `sampling.max_tokens` in all (one more token at least).
+
+    The new tokens are POLICY tokens with their log-probs; per-token meta (tensors) is 0 on them. A response that begins with no token
+    is an ordinary sample, apart from its meta.
+    """
+    out: dict[int, Rollout] = {}
+    for size in sorted({len(r.ids) for r in begun}):
+        rows = [i for i, r in enumerate(begun) if len(r.ids) == size]
+        prompts = [replace(begun[i].prompt) for i in rows]  # copies, so that each stands for its own beginning
+        extended = _Extended(policy, {id(p): begun[i].ids for p, i in zip(prompts, rows)})
+        left = replace(sampling, max_tokens=max(1, sampling.max_tokens - size))
+        for i, new in zip(rows, generate(extended, prompts, 1, left, rng)):
+            r, ids = begun[i], begun[i].ids + new.ids
+            meta = {k: torch.cat([v, torch.zeros(len(new.ids))]) if isinstance(v, torch.Tensor) else v for k, v in r.meta.items()}
+            out[i] = replace(r, ids=ids, text=policy.stops(sampling.stop).text(ids)[0], logps=torch.cat([r.logps, new.logps]), finish=new.finish,
+                             role=r.role + new.role, turn=r.turn + new.turn, exact=new.exact, meta=meta)
+    return [out[i] for i in range(len(begun))]
+
+
+class _Extended:
+    """A policy whose prompts are followed by the beginning of a response."""
+
+    def __init__(self, policy, beginnings: dict[int, list[int]]):
+        self._policy, self._beginnings = policy, beginnings
+
+    def __getattr__(self, name):
+        return getattr(self._policy, name)
+
+    def encode(self, prompt):
+        return self._policy.encode(prompt) + self._beginnings[id(prompt)]
