@@ -223,7 +223,7 @@ class CausalPolicy(Policy):
 
             size = max(1, CHUNK // self.vocabulary)
             pieces = []
-            for at in range(0, len(target), size):
+            for at in range(0, max(1, len(target)), size):  # at least one piece: rows that are all muted may come alone
                 piece = (states[at:at + size], target[at:at + size])
                 again = len(target) > size and torch.is_grad_enabled()
                 pieces.append(checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False) if again else part(*piece))
