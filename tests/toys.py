@@ -189,7 +189,7 @@ class Ranking(Objective):
     needs = frozenset({"old", "groups"})
 
     def __call__(self, scores, batch):
-        score = ((scores.logps - batch.old.logps) * batch.acted()).sum(1)
+        score = torch.where(batch.acted(), scores.logps - batch.old.logps, 0.0).sum(1)
         same = batch.groups[:, None] == batch.groups[None]
         better = same & (batch.rewards[:, None] > batch.rewards[None])
         pairs = torch.nn.functional.softplus(score[None] - score[:, None]) * better
