@@ -23,7 +23,7 @@ from volvelle.language.tasks.text import CountdownText, TextTask, expressions
 
 SPLITS = ("train", "validation", "test")
 SMALL = {"train": 12, "validation": 4, "test": 6}
-TEXT = ["digit-sum", "sort-digits", "reverse", "modular", "countdown-text"]
+TEXT = ["digit-sum", "sort-digits", "reverse", "modular", "countdown-text", "pause"]
 SIX = ["gcd", "chain_sum", "letter_counting", "countdown", "sudoku", "graph_color"]
 
 
