@@ -301,6 +301,9 @@ class LanguageLearner:
         if len(prompts) > 1:
             interval = mean_interval(solved / e.samples)
             out |= {"pass@1_low": interval.low, "pass@1_high": interval.high}
+        domains = np.array([p.domain for p in prompts])
+        if len(set(domains)) > 1:
+            out |= {f"pass@1/{d or 'none'}": float(solved[domains == d].mean() / e.samples) for d in sorted(set(domains))}
         out |= {"score": sum(scores) / len(scores), "length": sum(len(r.ids) for r in rollouts) / len(rollouts)}
         for r, s in zip(rollouts, scores):
             r.reward = s

@@ -1,9 +1,13 @@
-"""Splits of generated questions that never overlap: an endless stream without repeats, cut into regions in a fixed order."""
+"""Splits of generated questions that never overlap: an endless stream without repeats, dealt out to regions at random."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from volvelle.core.errors import UserError, unknown
 
@@ -11,10 +15,11 @@ SPLITS = ("train", "validation", "test")
 
 
 class Stream:
-    """The distinct items of `draws`, made only as far as somebody asks.
+    """The distinct items of `draws`, as many as all regions hold, dealt to them at random.
 
-    regions: name -> size, in the order in which they take items, so that what comes first does not depend on the size of what comes
-    later; key: what makes two items the same question; owner: for errors.
+    Dealing matters where questions repeat: the likely ones come early in a stream without repeats and the rare ones late, so regions cut off
+    in order would differ in kind (of the distinct gcd questions up to 20, two thirds of the late ones are coprime, a quarter of the early ones).
+    regions: name -> size; key: what makes two items the same question; owner: for errors, and the seed of the dealing.
     """
 
     def __init__(self, draws: Iterator[Any], key: Callable[[Any], Any], regions: Mapping[str, int], owner: str):
@@ -30,8 +35,14 @@ class Stream:
         start = 0
         for other, size in self.regions.items():
             if other == name:
-                return self._take(start + size)[start:]
+                return [self._take(len(self.order))[i] for i in self.order[start:start + size]]
             start += size
+
+    @cached_property
+    def order(self) -> list[int]:
+        """A fixed random order of all items; regions take consecutive stretches of it."""
+        seed = int.from_bytes(hashlib.sha256(f"{self.owner}/{self.regions}".encode()).digest()[:8], "little")
+        return np.random.default_rng(seed).permutation(sum(self.regions.values())).tolist()
 
     def _take(self, count: int) -> list[Any]:
         repeats = 0

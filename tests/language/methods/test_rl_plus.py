@@ -229,7 +229,7 @@ def test_demonstrations_from_the_prompt(tmp_path):
     assert teacher[2].isnan().all() and (teacher[0] == 0).all()
 
 
-@pytest.mark.parametrize("given, message", [([], "no demonstrations.*sampler.missing=sample"), ("1 2 3", "is a str; expected a list"),
+@pytest.mark.parametrize("given, message", [([], "has no demonstrations"), ("1 2 3", "is a str; expected a list"),
                                             ([7], "neither a text nor a mapping"), (["1 2 3 4"], "4 tokens|5 tokens, more than"),
                                             ([{"text": "1 2 3", "logps": [-1.0]}], "1 logps; expected 3")])
 def test_unusable_demonstrations_stop_the_run(tmp_path, given, message):
