@@ -226,6 +226,9 @@ class LanguageLearner:
             total = 0.0
             for name, weight in weights.items():
                 matrix = self.kl.loss(scores, micro) if name == "kl" else self.losses[name](scores, micro)
+                if getattr(matrix, "shape", None) not in (micro.ids.shape, micro.rewards.shape):
+                    shape = f"shape {tuple(matrix.shape)}" if isinstance(matrix, torch.Tensor) else f"type {type(matrix).__name__}"
+                    raise RunStopped(f"the loss {name!r} has {shape}; expected {tuple(micro.ids.shape)} or {tuple(micro.rewards.shape)}")
                 w = micro.train / len(mini) if matrix.ndim == 1 else weight[rows][:, :width]
                 value = torch.where(w != 0, matrix * w, 0.0).sum()
                 total = total + value
