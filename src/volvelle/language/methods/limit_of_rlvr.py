@@ -99,7 +99,7 @@ def study(base: str, tuned: Sequence[str] = (), task=None, *, distilled: Sequenc
     chosen, setting = task.split(split)[:prompts], {"task": json.dumps(to_config(task), sort_keys=True), "split": split, "top_p": top_p}
     drawing = Sampling(temperature, 0, top_p, 0.0, task.max_tokens, tuple(task.stop))
 
-    def drawn(name: str, p: _Policy, t: float, problems=chosen) -> Outcomes:
+    def drawn(name: str, p: _Policy, t: float, problems: list) -> Outcomes:
         here = setting | {"temperature": t, "samples": samples, "policy": fingerprint(p.policy.module.state_dict())}
         parts = []
         for seed in seeds:
@@ -120,8 +120,8 @@ def study(base: str, tuned: Sequence[str] = (), task=None, *, distilled: Sequenc
         chosen = [p for p in chosen if p.id not in dropped]
         if not chosen:
             raise UserError("study: every problem is guessed now and then; choose a task with a larger answer space, or leave out the guess control")
-    outcomes, kinds, steps, swept, matched, confused = {"base": drawn("base", root, temperature)}, {"base": "base"}, {"base": root.steps}, {}, {}, {}
-    swept["base"] = {t: drawn("base", root, t) for t in temperatures}
+    outcomes, kinds, steps, swept, matched, confused = {"base": drawn("base", root, temperature, chosen)}, {"base": "base"}, {"base": root.steps}, {}, {}, {}
+    swept["base"] = {t: drawn("base", root, t, chosen) for t in temperatures}
     own = outcomes["base"].kept
     confused["base responses"] = {"base": perplexity(root.policy, own)}
     teacher = _teacher(root.policy, task, chosen)
@@ -130,15 +130,15 @@ def study(base: str, tuned: Sequence[str] = (), task=None, *, distilled: Sequenc
     aim = mean_entropy(root.policy, chosen, responses, drawing, seeds[0]) if match_entropy else None
     for name, kind, source in named[1:]:
         p = first if source == named[1][2] else _open(source, None, None, allow_code, dtype, device)
-        outcomes[name], kinds[name], steps[name] = drawn(name, p, temperature), kind, p.steps
-        swept[name] = {t: drawn(name, p, t) for t in temperatures}
+        outcomes[name], kinds[name], steps[name] = drawn(name, p, temperature, chosen), kind, p.steps
+        swept[name] = {t: drawn(name, p, t, chosen) for t in temperatures}
         confused[f"{name} responses"] = {"base": perplexity(root.policy, outcomes[name].kept), name: perplexity(p.policy, outcomes[name].kept)}
         confused["base responses"][name] = perplexity(p.policy, own)
         if teacher:
             confused["teacher"][name] = perplexity(p.policy, teacher)
         if match_entropy:
             t = matching_temperature(p.policy, chosen, responses, drawing, aim, seeds[0])
-            matched[name] = (t, drawn(name, p, t)) if t is not None else None
+            matched[name] = (t, drawn(name, p, t, chosen)) if t is not None else None
     summary = summarise(outcomes, kinds, steps, gap_at) | {
         "task": task.label(), "split": split, "temperature": temperature, "top_p": top_p, "seeds": list(seeds), "dropped": dropped, "base_entropy": aim,
         "perplexity": {source: {under: np.quantile(v, [0.05, 0.25, 0.5, 0.75, 0.95]).tolist() for under, v in row.items()} for source, row in confused.items()},

@@ -26,7 +26,7 @@ class Shown(LanguageTask):
     def __post_init__(self):
         super().__post_init__()
         if not isinstance(self.base, LanguageTask):
-            raise UserError(f"task shown:{'' if self.base is None else self.base.label()}: expected a task of prompts after the colon, for example shown:gcd-easy")
+            raise UserError(f"task shown:{self.base.label()}: expected a task of prompts after the colon, for example shown:gcd-easy")
 
     def label(self):
         return f"shown:{self.base.label()}"
