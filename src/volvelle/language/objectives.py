@@ -64,7 +64,7 @@ def clipped(ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: flo
 
 def sequence_log_ratio(logps: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[N]: mean over the response's tokens of logps - old (GSPO's length-normalised ratio, as a logarithm)."""
-    return ((logps - old) * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return torch.where(mask, logps - old, 0.0).sum(1) / mask.sum(1).clamp(min=1)
 
 
 @part("clipped")
@@ -139,8 +139,8 @@ class SequenceClipped(Objective):
 
     def __call__(self, scores, batch):
         mask = batch.acted((POLICY,))
-        ratio = (log_ratio(scores.logps, batch.old.logps) * mask).sum(1).clamp(-20, 20).exp()
-        credit = batch.advantages if batch.advantages.ndim == 1 else (batch.advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
+        ratio = torch.where(mask, log_ratio(scores.logps, batch.old.logps), 0.0).sum(1).clamp(-20, 20).exp()
+        credit = batch.advantages if batch.advantages.ndim == 1 else torch.where(mask, batch.advantages, 0.0).sum(1) / mask.sum(1).clamp(min=1)
         return clipped(ratio, credit, self.clip_low, self.clip_high)
 
 

@@ -76,6 +76,7 @@ class Logged(Sampler):
     group: Count = 1
     temperature: float = 1.0
     makes = (FORCED,)
+    gives = frozenset()
 
     def start(self, run):
         return LiveLogged(self, run)
