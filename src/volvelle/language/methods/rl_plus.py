@@ -28,7 +28,7 @@ from pydantic import Field
 from volvelle.core.claims import Arm, Claim
 from volvelle.core.errors import RunStopped, UserError
 from volvelle.core.parts import method, part, preset
-from volvelle.core.trainable import Adam, AdamW
+from volvelle.core.trainable import Adam
 
 from ..advantages import Fraction, group_index, group_normalised, outcome
 from ..fittings import Updates
@@ -192,7 +192,7 @@ class HybridObjective(Objective):
     uniform: Positive | None = None
     prior: Fraction = 0.5
     ratio: Literal["mis", "probability", "teacher"] = "mis"
-    clamp_low: AtLeast0 | None = None
+    clamp_low: AtLeast0 = 0.0
     clamp_high: Positive | None = None
     drop_above: Fraction | None = None
     aggregation: Aggregation = "padded"
@@ -214,8 +214,7 @@ class HybridObjective(Objective):
             if shown.any() and (teacher is None or not teacher[shown].isfinite().all()):
                 raise RunStopped("objective.ratio=teacher: a demonstration comes without its logps; expected row['demonstrations'] with text and logps")
             found = scores.logps.exp() / ((0.0 if teacher is None else teacher.exp()) + 1e-6)
-        bounded = self.clamp_low is not None or self.clamp_high is not None
-        return found.clamp(self.clamp_low, self.clamp_high) if bounded else found
+        return found.clamp(self.clamp_low, self.clamp_high)
 
     def __call__(self, scores: Scores, batch: Batch) -> torch.Tensor:
         shown = batch.role == FORCED
@@ -227,15 +226,14 @@ class HybridObjective(Objective):
 
 certain = preset("certain-demonstrator", HybridObjective(ratio="probability", gamma=0.0))
 
-steps = dict(prompts=128, updates=Updates(optimiser=Adam(lr=0.05), minibatch=64), evaluation=Evaluation(samples=256, ks=(1, 16, 256)))
+tree = dict(prompts=128, updates=Updates(optimiser=Adam(lr=0.05), minibatch=64), evaluation=Evaluation(samples=256, ks=(1, 16, 256)))
 text = dict(prompts=16, updates=Updates(optimiser=Adam(lr=2e-4), minibatch=8), evaluation=Evaluation(prompts=100, samples=32, ks=(1, 32)))
 with_nll = grpo(sampler=WithDemonstrations(), advantage=HybridAdvantage(scale="group", statistics="own"), terms={"nll": NLL()})
-rl_plus = LanguageRecipe(sampler=WithDemonstrations(), advantage=HybridAdvantage(), objective=HybridObjective(), prompts=32,
-                         updates=Updates(optimiser=AdamW(lr=1e-6), minibatch=16))
+rl_plus = LanguageRecipe(sampler=WithDemonstrations(), advantage=HybridAdvantage(), objective=HybridObjective(), prompts=32, updates=Updates(minibatch=16))
 
 
 def on_tree(recipe: LanguageRecipe) -> Arm:
-    return Arm(recipe(**steps), Tree(winners=4), Tabular(scale=1.3), 60)
+    return Arm(recipe(**tree), Tree(winners=4), Tabular(scale=1.3), 60)
 
 
 claim = Claim(
