@@ -239,7 +239,7 @@ def test_unusable_demonstrations_stop_the_run(tmp_path, given, message):
 
 @pytest.mark.parametrize("method, overrides, message", [
     ("grpo", ["sampler=rl-plus"], "no loss acts on demonstrations"),
-    ("rl-plus", ["advantage=canon"], "no entropy at sampling time"),
+    ("rl-plus", ["advantage=canon"], "sampler=rl-plus does not record"),
     ("rl-plus", ["sampler.prefix_low=0.9", "sampler.prefix_high=0.5"], "must not exceed prefix_high"),
     ("rl-plus", ["advantage=none"], "needs advantages")])
 def test_refusals(method, overrides, message):

@@ -195,8 +195,11 @@ class LiveConditional:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         p = self.part
-        mu = p.mu.of(batch) if isinstance(p.mu, Mixing) else at(p.mu, batch.step)
-        return conditional(outcome(batch), batch.groups, self.metric(batch), mu, p.alpha, p.discount, p.beta)
+        self.mu = p.mu.of(batch) if isinstance(p.mu, Mixing) else at(p.mu, batch.step)
+        return conditional(outcome(batch), batch.groups, self.metric(batch), self.mu, p.alpha, p.discount, p.beta)
+
+    def report(self) -> dict[str, float]:
+        return {"mu": self.mu}
 
 
 inter = preset("canon-inter", Conditional())

@@ -62,7 +62,7 @@ class WithDemonstrations(Sampler):
     temperature = property(lambda self: self.base.temperature)
     max_tokens = property(lambda self: getattr(self.base, "max_tokens", None))
     needs = property(lambda self: self.base.needs)
-    gives = property(lambda self: self.base.gives)
+    gives = property(lambda self: self.base.gives - {"entropy"})  # nobody recorded it for demonstrations
     makes = property(lambda self: (*self.base.makes, FORCED))
 
     def __post_init__(self):
@@ -73,9 +73,6 @@ class WithDemonstrations(Sampler):
     def check(self, recipe):
         if not any(FORCED in getattr(o, "acts_on", ()) for o in recipe.losses().values()):
             raise UserError("sampler=rl-plus: no loss acts on demonstrations; choose objective=rl-plus, or add terms.nll=nll")
-        if "entropy" in recipe.sampling_needs:
-            raise UserError("sampler=rl-plus: demonstrations have no entropy at sampling time, which this recipe needs (advantage.metric=entropy); "
-                            "expected a part that does without")
 
     def start(self, run):
         return LiveWithDemonstrations(self, run)
