@@ -17,6 +17,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from volvelle import cli_language  # noqa: E402
 from volvelle.core import verbs  # noqa: E402
 from volvelle.core.errors import RunStopped, UserError  # noqa: E402
 
@@ -143,7 +144,7 @@ def compare(arms: Annotated[list[str], typer.Argument(help="methods, each with i
 
     Example: `volvelle compare grpo "calibrated=grpo advantage=ngrpo" --task tree --steps 50 --seeds 5`
     """
-    shared = [a for a in arms if " " not in a and "=" in a and "." in a.partition("=")[0]]
+    shared = [a for a in arms if " " not in a and "=" in a and not verbs.is_method(a.partition("=")[2])]
     numbers = _number_list(seeds)
     with progress("comparing") as tell:
         made = verbs.compare([a for a in arms if a not in shared], task, model, seeds=numbers[0] if "," not in seeds else numbers, folder=folder, backend=backend,
@@ -201,8 +202,19 @@ def verdict_of(name: str, folder: Path = Path("reproductions")) -> str:
     return json.loads(path.read_text())["verdict"] if path.is_file() else ""
 
 
+def method_table(rows: list[dict]) -> str:
+    """The methods as a Markdown table, with measured verdicts that link to their pictures."""
+    lines = ["| wing | method | what it is | source | claim |", "|---|---|---|---|---|"]
+    for r in rows:
+        name = f"[{r['name']}](docs/methods/{r['name']}.md)" if Path(f"docs/methods/{r['name']}.md").is_file() else r["name"]
+        claim = (f"[{r['verdict']}](reproductions/{r['name']}.svg)" if r["verdict"] else "not run yet") if r["claim"] else ""
+        lines.append(f"| {r['wing']} | {name} | {r['title']} | {r['source']} | {claim} |")
+    return "\n".join(lines)
+
+
 @app.command()
-def methods(wing: Annotated[Optional[str], typer.Option(help="only this wing")] = None, as_json: Json = False) -> None:
+def methods(wing: Annotated[Optional[str], typer.Option(help="only this wing")] = None, as_json: Json = False,
+            markdown: Annotated[bool, typer.Option("--markdown", help="print the table of the README")] = False) -> None:
     """List the methods with their sources and measured verdicts.
 
     Example: `volvelle methods --wing language`
@@ -213,6 +225,9 @@ def methods(wing: Annotated[Optional[str], typer.Option(help="only this wing")] 
     rows = [{"wing": m.wing, "name": m.name, "title": m.title, "source": m.source, "claim": getattr(m.claim, "says", None), "verdict": verdict_of(m.name) or None} for m in found]
     if as_json:
         print(json.dumps(rows))
+        return
+    if markdown:
+        print(method_table(rows))
         return
     table = Table("wing", "method", "what it is", "source", "claim")
     for r in rows:
@@ -288,6 +303,9 @@ def doctor(as_json: Json = False) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     out.print(table)
+
+
+cli_language.register(app, progress, out)
 
 
 def main() -> None:

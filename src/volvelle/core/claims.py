@@ -13,7 +13,6 @@ from .errors import UserError
 from .files import read_json, write_json, write_text
 from .launch import Job, run_jobs
 from .parts import Recipe, coerce
-from .plots import final_values
 from .run import RunConfig
 from .statistics import Expectation, Outcome, combine, verdict
 from .tasks import Model, Task
@@ -33,7 +32,7 @@ class Arm:
 class Claim:
     """What a paper says, as arms to run and expectations to hold.
 
-    says: the claim in words; arms: name -> Recipe (or Arm, or function seed -> RunConfig); task, model, steps: shared by all arms;
+    says: the claim in words; arms: name -> Recipe (or Arm); task, model, steps: shared by all arms;
     expects: such as "ngrpo > grpo on pass@1", all of which must hold; seeds: how many, paired; equal: what the arms share ("samples",
     "steps", "environment steps"); minutes: of the whole claim on 2 CPU cores; prepare: a recipe run once per seed whose products every arm
     takes (`take`: field of the run configuration -> product); quick: smaller numbers for the tests; paper: the paper's own setting.
@@ -82,7 +81,7 @@ class Claim:
         model = coerce(Model | None, made.model if made.model is not None else self.model, "model")
         if model is None and task is not None and getattr(task, "default_model", None) is not None:
             model = coerce(Model, task.default_model, "model")
-        return RunConfig(recipe=made.recipe, task=task, model=model, method=arm, steps=made.steps or self.steps, **self.run)
+        return RunConfig(recipe=made.recipe, task=task, model=model, method=arm, steps=self.steps if made.steps is None else made.steps, **self.run)
 
 
 @dataclass
@@ -152,6 +151,8 @@ def _record(name, claim, scale, settled, outcomes, comparison) -> dict:
 
 def save_reproduction(made: Reproduction, folder: str | Path) -> tuple[Path, Path]:
     """Write <method>.json and <method>.svg: the only way a verdict gets into reproductions/."""
+    from .plots import final_values
+
     folder, name = Path(folder), made.record["method"]
     metric = Expectation.parse(made.record["expectations"][0]["text"]).metric
     values = {arm: v[metric] for arm, v in made.comparison.values.items() if metric in v}

@@ -11,8 +11,6 @@ import numpy as np
 from .errors import UserError
 from .files import read_json, read_lines
 from .launch import Job, run_jobs
-from .parts import to_config
-from .report import ArmData, Sample, write_report
 from .run import RunConfig, config_data
 from .statistics import Outcome, mean_interval, paired
 
@@ -63,22 +61,26 @@ class Comparison:
                 out[metric] = (steps, np.array([[v for _, v in one] for one in series]))
         return out
 
-    def samples(self, arm: str) -> list[Sample]:
-        """The last evaluated completions of the first seed."""
+    def samples(self, arm: str) -> list:
+        """The last evaluated completions of the first seed, as report.Sample."""
+        from .report import Sample
+
         rows = [r for r in read_lines(self.run_folder(arm, self.seeds[0]) / "samples.jsonl") if r.get("split") != "train"]
         last = max((r["step"] for r in rows), default=0)
         return [Sample(_text(r["prompt"]), r["response"], r.get("solved"), r["reward"]) for r in rows if r["step"] == last]
 
     def write(self, title: str, metrics: Sequence[str] | None = None, says: str | None = None, outcomes: Sequence[Outcome] = ()) -> Path:
         """report.html in the comparison's folder. metrics: those of the final table (all when not given)."""
+        from .report import ArmData, write_report  # the plotting library takes a second to import: only who draws waits for it
+
         arms = []
         for name, config in self.arms.items():
             wanted = [m for m in self.values[name] if not m.endswith(("_low", "_high"))]
             final = {m: self.values[name][m] for m in (metrics or wanted) if m in self.values[name]}
             arms.append(ArmData(name, self.seeds, final, _main_curves(self.curves(name), metrics), self.samples(name), config_data(config)))
         first = next(iter(self.arms.values()))
-        setting = {"task": first.task.label() if first.task else "", "model": to_config(first.model) if first.model else "", "steps": first.steps}
-        setting = {k: (", ".join(f"{a}={b}" for a, b in v.items()) if isinstance(v, dict) else v) for k, v in setting.items() if v != ""}
+        setting = {"task": first.task.label() if first.task else "", "model": " ".join((first.model.part_name, getattr(first.model, "path", ""))).strip() if first.model else "", "steps": first.steps}
+        setting = {k: v for k, v in setting.items() if v != ""}
         path = self.run_folder(next(iter(self.arms)), self.seeds[0]) / "environment.json"
         environment = read_json(path) if path.exists() else {}
         return write_report(self.folder / "report.html", title, arms, setting=setting, says=says, outcomes=outcomes, environment=environment)

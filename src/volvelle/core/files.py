@@ -58,9 +58,12 @@ class directory:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.aside = self.path.with_name(f".{self.path.name}.old")
 
     def __enter__(self) -> Path:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.aside.exists():  # left by a kill
+            shutil.rmtree(self.aside) if self.path.exists() else os.replace(self.aside, self.path)
         self.temporary = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}."))
         os.chmod(self.temporary, 0o755)
         return self.temporary
@@ -70,10 +73,9 @@ class directory:
             shutil.rmtree(self.temporary, ignore_errors=True)
             return
         if self.path.exists():
-            old = self.path.with_name(f".{self.path.name}.old")
-            os.replace(self.path, old)
+            os.replace(self.path, self.aside)
             os.replace(self.temporary, self.path)
-            shutil.rmtree(old)
+            shutil.rmtree(self.aside)
         else:
             os.replace(self.temporary, self.path)
 
@@ -84,7 +86,7 @@ def read_lines(path: str | Path) -> list[dict]:
     if not Path(path).exists():
         return rows
     text = Path(path).read_text(encoding="utf-8")
-    for line in text[: text.rfind("\n") + 1].splitlines():
+    for line in text.split("\n")[:-1]:  # not splitlines: a text may hold other line separators
         rows.append(json.loads(line))
     return rows
 

@@ -10,9 +10,11 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Union
 
@@ -25,6 +27,9 @@ from .registry import Method, registry
 
 NEEDS = frozenset({"old", "behaviour", "reference", "entropy", "mean_logp", "values", "groups", "advantages", "binary_rewards",
                    "stepwise", "support", "images", "scalar_head"})
+permitted: ContextVar[Callable[[str, str], None] | None] = ContextVar("permitted", default=lambda module, target: None)
+"""Called with (module, target) before a function is imported by name; raises where that is not allowed. None while a configuration is only looked
+at: functions then stay names (see run.read_config)."""
 
 
 class Part:
@@ -70,7 +75,10 @@ class Part:
 
     def override(self, *words: str, **paths) -> "Part":
         """A copy with dotted overrides applied: `override("advantage=ngrpo", "advantage.max_reward=1")`."""
-        return apply_overrides(self, parse_overrides(words) | paths)
+        given = parse_overrides(words)
+        if both := set(given) & set(paths):
+            raise UserError(f"override {min(both)} is given twice")
+        return apply_overrides(self, given | paths)
 
 
 class Recipe(Part):
@@ -131,7 +139,7 @@ def preset(name: str, value: Part) -> Part:
 def method(name: str, recipe: Recipe, *, title: str, source: str, claim: Any = None, module: str | None = None) -> Recipe:
     """Register a recipe as a named method of its wing; returns the recipe."""
     module = module or inspect.currentframe().f_back.f_globals["__name__"]
-    registry.add_method(Method(name, type(recipe).wing, recipe, title, source, module, claim))
+    registry.add_method(Method(name, recipe.wing, recipe, title, source, module, claim))
     return recipe
 
 
@@ -209,9 +217,9 @@ def coerce(annotation: Any, value: Any, path: str) -> Any:
         if plain and not (plain == [type(None)] and value is not None):
             try:
                 return coerce(Union[tuple(plain)], value, path)
-            except UserError:
-                if not isinstance(value, str):
-                    raise
+            except UserError as error:
+                if not isinstance(value, str) or not any(value in registry.table(s) for s in slots):
+                    raise UserError(str(error).replace(describe(Union[tuple(plain)]), describe(annotation))) from None
         if isinstance(value, str):
             return build(slots, value, {}, path)
         for s in slots:
@@ -258,6 +266,7 @@ class Call(Part):
         if callable(self.target):
             return self.target
         module, _, name = self.target.partition(":")
+        permitted.get()(module, self.target)
         try:
             found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
         except ModuleNotFoundError as error:
@@ -272,13 +281,19 @@ class Call(Part):
     def name(self) -> str:
         if isinstance(self.target, str):
             return self.target
-        return f"{self.target.__module__}:{self.target.__qualname__}"
+        named = self.target if hasattr(self.target, "__qualname__") else type(self.target)
+        return f"{named.__module__}:{named.__qualname__}"
 
-    @property
+    @functools.cached_property
     def portable(self) -> bool:
+        """Whether the name leads back to this very function, in another program too."""
         if isinstance(self.target, str):
             return True
-        return "<" not in self.name and not self.name.startswith("__main__:")
+        module, _, name = self.name.partition(":")
+        try:
+            return module != "__main__" and functools.reduce(getattr, name.split("."), sys.modules[module]) is self.target
+        except (AttributeError, KeyError):
+            return False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -286,6 +301,8 @@ class Call(Part):
 
     def bound(self, slot: type[Part]) -> "Call":
         """Check the function's parameters against the slot's signature and its keywords against its annotations."""
+        if permitted.get() is None:
+            return Call(self.target, self.kwargs, slot)
         try:
             parameters = inspect.signature(self.function).parameters
         except ValueError:
@@ -295,7 +312,9 @@ class Call(Part):
         if tuple(positional) != slot.call:
             raise UserError(f"function {self.name!r} takes ({', '.join(positional)}); a {slot.slot} function takes ({', '.join(slot.call)})")
         free = {p.name: p for p in parameters.values() if p.kind == p.KEYWORD_ONLY}
-        hints = typing.get_type_hints(getattr(self.function, "__init__", None) if isinstance(self.function, type) else self.function) if self.kwargs else {}
+        named = inspect.unwrap(getattr(self.function, "func", self.function))  # inside functools.partial
+        described = named if inspect.isroutine(named) else named.__init__ if isinstance(named, type) else type(named).__call__
+        hints = typing.get_type_hints(described) if self.kwargs else {}
         kwargs = {}
         for key, value in self.kwargs.items():
             if key not in free:
@@ -318,9 +337,9 @@ def to_config(value: Any) -> Any:
         if value.portable:
             return {"call": value.name, **{k: to_config(v) for k, v in value.kwargs.items()}}
         try:
-            source = inspect.getsource(value.target)
-        except OSError:
-            source = "(source not available)"
+            source = inspect.getsource(getattr(value.target, "func", value.target))
+        except (OSError, TypeError):
+            source = repr(value.target).partition(" at 0x")[0]
         return {"call": value.name, "unportable": True, "source": source}
     if isinstance(value, Part):
         return {"part": value.part_name or type(value).__name__.lower(), **{f.name: to_config(getattr(value, f.name)) for f in fields(value)}}
@@ -341,6 +360,8 @@ def from_config(annotation: Any, data: Any, path: str = "") -> Any:
     if slots and isinstance(data, Mapping):
         data = dict(data)
         if "call" in data:
+            if data.get("unportable") and permitted.get() is None:
+                data = {"call": data["call"]}
             if data.get("unportable"):
                 raise UserError(f"{path}: the function {data['call']!r} was defined inside a program and cannot be found again; "
                                 "resume from that program with train(recipe, resume=path)")

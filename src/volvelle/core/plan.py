@@ -115,15 +115,13 @@ class PlanLearner:
         config = config.override(**changes) if changes else config
         self.index, self.stage = index, stage
         self.inner = Run(config, self.folder(index))
-        self.inner.reporter = self.run.reporter
+        self.inner.reporter, self.inner._pending_samples = self.run.reporter, self.run._pending_samples
         self.inner.learner = self.learner = stage.recipe.start(self.inner)
         self.size = getattr(self.learner, "size", 0)
 
     def step(self) -> dict[str, float]:
         metrics = self.learner.step()
         self.inner.step += 1
-        self.run._pending_samples += self.inner._pending_samples
-        self.inner._pending_samples = []
         out = metrics | {"stage": float(self.index)}
         if self.inner.step >= self.stage.steps or self.stage.over(metrics):
             self.leave()

@@ -59,15 +59,16 @@ class Registry:
                     for child in pkgutil.iter_modules(getattr(module, "__path__", ())):
                         importlib.import_module(f"{entry.module}.{child.name}")
                 except ModuleNotFoundError as error:
-                    if not (error.name or "").startswith(entry.module):
+                    if (error.name or "").split(".")[0] != entry.module.split(".")[0]:
                         raise UserError(f"entry point {group}:{entry.name} needs the package {error.name!r}, "
                                         "which is not installed") from error
-                    raise UserError(f"entry point {group}:{entry.name} names {entry.module!r}, which does not exist") from error
+                    raise UserError(f"entry point {group}:{entry.name}: the module {error.name!r} does not exist") from error
 
     def add_part(self, slot: type, name: str, value: Any) -> None:
         table = self.parts.setdefault(slot, {})
         old = table.get(name)
-        if old is not None and _origin(old) != _origin(value):
+        same = isinstance(old, type) == isinstance(value, type) and (_origin(old) == _origin(value) if isinstance(value, type) else old == value)
+        if old is not None and not same:
             raise UserError(f"{slot.slot} part {name!r} is registered twice: by {_origin(old)} and {_origin(value)}")
         table[name] = value
 
@@ -115,3 +116,17 @@ def _origin(value: Any) -> str:
 
 
 registry = Registry()
+
+
+def wing_methods(wing: str, spelled: dict[str, str] | None = None):
+    """A module's `__getattr__` that finds the recipes of a wing by name (`-` written as `_`, and the spellings given)."""
+
+    def find(name: str):
+        if not name.startswith("_"):
+            registry.load()
+            found = registry.methods.get((wing, (spelled or {}).get(name, name.replace("_", "-"))))
+            if found is not None:
+                return found.recipe
+        raise AttributeError(f"module 'volvelle.{wing}' has no attribute {name!r}")
+
+    return find

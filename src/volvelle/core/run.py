@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import platform
 import subprocess
@@ -22,7 +23,7 @@ from pydantic import Field
 
 from .errors import RunStopped, UserError, unknown
 from .files import read_lines, read_yaml, write_json, write_text, write_yaml
-from .parts import Call, Part, Recipe, annotations_of, from_config, to_config, walk
+from .parts import Call, Part, Recipe, annotations_of, from_config, permitted, to_config, walk
 from .registry import registry
 from .state import encode_rng, restore_rng
 from .tasks import Model, Task
@@ -59,11 +60,12 @@ class RunConfig(Part):
         return "-".join(w for w in (self.method or self.recipe.part_name, task) if w).replace("/", "-").replace(":", "-")
 
 
-def read_config(path: str | Path, allow_code: tuple[str, ...] = ()) -> RunConfig:
+def read_config(path: str | Path, allow_code: tuple[str, ...] = (), look: bool = False) -> RunConfig:
     """The configuration of a run folder (or of a YAML file).
 
     A configuration that names code outside volvelle and its entry points is refused unless its module is in `allow_code`:
-    reading it would import that code.
+    reading it would import that code. The modules in `allow_code` are imported first, so that the parts they register are known.
+    look: only to be looked at (a report, a comparison of configurations); no function is imported, so none is refused, and none can be called.
     """
     path = Path(path)
     file = path / "config.yaml" if path.is_dir() else path
@@ -73,23 +75,24 @@ def read_config(path: str | Path, allow_code: tuple[str, ...] = ()) -> RunConfig
     if not isinstance(data, dict) or "recipe" not in data:
         raise UserError(f"{file}: not a run configuration (no 'recipe')")
     registry.load()
-    for target in _code_in(data):
-        module = target.partition(":")[0]
+    for module in allow_code:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise UserError(f"allow_code={module}: no module named {error.name!r}") from error
+
+    def guard(module: str, target: str) -> None:
         if module.split(".")[0] not in registry.trusted and module not in allow_code:
             raise UserError(f"{file}: names the function {target!r}; pass --allow-code {module} to let it be imported")
+
     hints = annotations_of(RunConfig)
     if strange := set(data) - set(hints):
         raise unknown("field", sorted(strange)[0], hints, f" in {file}")
-    return RunConfig(**{k: from_config(hints[k], v, k) for k, v in data.items()})
-
-
-def _code_in(data: Any) -> list[str]:
-    if isinstance(data, dict):
-        here = [data["call"]] if isinstance(data.get("call"), str) and not data.get("unportable") else []
-        return here + [t for v in data.values() for t in _code_in(v)]
-    if isinstance(data, list):
-        return [t for v in data for t in _code_in(v)]
-    return []
+    token = permitted.set(None if look else guard)
+    try:
+        return RunConfig(**{k: from_config(hints[k], v, k) for k, v in data.items()})
+    finally:
+        permitted.reset(token)
 
 
 def pick_device(name: str) -> torch.device:
@@ -206,7 +209,7 @@ class Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for path, saved in state["live"].items():
-            if path not in self.live:
+            if not hasattr(self.live.get(path), "load_state_dict"):
                 raise RunStopped(f"the checkpoint holds state of {path!r}, which this recipe does not have")
             self.live[path].load_state_dict(saved)
         for path, model in self.models.items():
@@ -221,25 +224,36 @@ class Run:
     # ---- files
 
     def sample(self, rows: list[dict]) -> None:
-        """Rows for samples.jsonl: what the policy actually wrote."""
-        self._pending_samples += [{"step": self.step, **row} for row in rows]
+        """Rows for samples.jsonl: what the policy actually wrote. They are written with the number of the step once it has ended."""
+        self._pending_samples += rows
 
-    def flush_samples(self) -> None:
+    def flush_samples(self, step: int) -> None:
         if self._pending_samples:
-            append(self.folder / "samples.jsonl", self._pending_samples)
-            self._pending_samples = []
+            append(self.folder / "samples.jsonl", [{"step": step, **row} for row in self._pending_samples])
+            self._pending_samples.clear()
 
     def begin(self) -> None:
         """Make the folder. Called only when everything could be started."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_yaml(self.folder / "config.yaml", config_data(self.config))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._describe()
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written: {error.strerror}") from error
+        self._forget(-1)
         write_json(self.folder / "environment.json", environment(self))
 
-    def truncate(self) -> None:
-        """Forget rows written after the checkpoint that is being resumed."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            rows = [r for r in read_lines(self.folder / name) if r["step"] <= self.step]
-            write_text(self.folder / name, "".join(json.dumps(r) + "\n" for r in rows))
+    def resume(self) -> None:
+        """Forget rows written after the checkpoint that has been loaded; the configuration may have become longer."""
+        self._forget(self.step)
+        self._describe()
+
+    def _describe(self) -> None:
+        write_yaml(self.folder / "config.yaml", config_data(self.config))
+
+    def _forget(self, after: int) -> None:
+        for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+            if path.exists():
+                write_text(path, "".join(json.dumps(r) + "\n" for r in read_lines(path) if r["step"] <= after))
 
 
 def config_data(config: RunConfig) -> dict:
@@ -255,7 +269,7 @@ def unportable(config: RunConfig) -> list[str]:
 
 
 def append(path: Path, rows: list[dict]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:  # lone surrogates become JSON escapes
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

@@ -20,17 +20,22 @@ from .errors import UserError
 
 
 def _pack(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    def keep(kind: str, tensor: torch.Tensor) -> dict[str, str]:
+        if tensor.is_complex():
+            raise UserError(f"state {path!r}: complex numbers cannot be checkpointed; store real and imaginary parts")
+        name = path if path not in tensors else f"{path}#{len(tensors)}"  # {"a": {"b": x}, "a/b": y} spell one path
+        tensors[name] = tensor
+        return {kind: name}
+
     if isinstance(value, torch.Tensor):
-        tensors[path] = value.detach().cpu().contiguous().clone()
-        return {"$tensor": path}
+        return keep("$tensor", value.detach().cpu().contiguous().clone())
     if isinstance(value, np.ndarray):
-        if value.dtype.kind not in "biuf":
-            raise UserError(f"state {path!r}: an array of dtype {value.dtype} cannot be checkpointed; use numbers or booleans")
-        tensors[path] = torch.from_numpy(np.ascontiguousarray(value)).clone()
-        return {"$array": path}
+        try:
+            return keep("$array", torch.from_numpy(value.copy(order="C")))
+        except (TypeError, ValueError):
+            raise UserError(f"state {path!r}: an array of dtype {value.dtype} cannot be checkpointed; use numbers or booleans") from None
     if isinstance(value, (bytes, bytearray)):
-        tensors[path] = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.zeros(0, dtype=torch.uint8)
-        return {"$bytes": path}
+        return keep("$bytes", torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.zeros(0, dtype=torch.uint8))
     if isinstance(value, dict):
         if all(isinstance(k, str) and not k.startswith("$") for k in value):
             return {k: _pack(v, f"{path}/{k}", tensors) for k, v in value.items()}

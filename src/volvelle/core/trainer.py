@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -50,6 +51,7 @@ class Trained:
     learner: Any
 
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 SMALL = 2_000_000  # parameters below which one thread is fastest
 
 
@@ -118,35 +120,39 @@ def _evaluate(run: Run, learner: Learner) -> dict[str, float]:
     metrics = learner.evaluate()
     if before is not None and fingerprint(_state(run, learner)) != before:
         raise RunStopped("evaluation changed the state of the run; it must leave parts, models and random numbers as they were")
-    return {f"eval/{k}": float(v) for k, v in metrics.items()}
+    return _finite({f"eval/{k}": float(v) for k, v in metrics.items()})
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    if bad := next((k for k, v in metrics.items() if not math.isfinite(v)), None):
+        raise RunStopped(f"{bad} is {metrics[bad]}")
+    return metrics
 
 
 def _fit(run: Run, learner: Learner, resume: bool, progress: Callable) -> Trained:
     config, began = run.config, time.monotonic()
     metric = f"eval/{config.task.metric}" if config.task else None
     last: Path | None = None
+    now = 0  # the step that is being made
     try:
         if resume and checkpoints(run.folder):
             last = checkpoints(run.folder)[-1]
             load_checkpoint(run, learner, last)
-            run.truncate()
+            now = run.step
+            run.resume()
         else:
+            fingerprint(_state(run, learner))  # state that no checkpoint can hold is told before anything is written
             run.begin()
-            run.truncate()
             last = save_checkpoint(run, learner)
             if fingerprint(load_state(last)) != fingerprint(_state(run, learner)):
                 raise RunStopped("the checkpoint written at step 0 does not read back as it was")
+        if not read_lines(run.folder / "metrics.jsonl"):
             _log(run, _evaluate(run, learner))
         with open_trackers(config, run.folder) as track:
             while run.step < config.steps and not getattr(learner, "finished", False):
-                clock = time.monotonic()
-                metrics = learner.step()
-                run.step += 1
-                metrics = {k: float(v) for k, v in metrics.items()} | {"time/step": time.monotonic() - clock}
-                bad = next((k for k, v in metrics.items() if not math.isfinite(v)), None)
-                if bad:
-                    run.step -= 1
-                    raise RunStopped(f"{bad} is {metrics[bad]}")
+                clock, now = time.monotonic(), run.step + 1
+                metrics = _finite({k: float(v) for k, v in learner.step().items()}) | {"time/step": time.monotonic() - clock}
+                run.step = now
                 done = run.step == config.steps or getattr(learner, "finished", False)
                 if done or (config.evaluate_every and run.step % config.evaluate_every == 0):
                     metrics |= _evaluate(run, learner)
@@ -164,26 +170,22 @@ def _fit(run: Run, learner: Learner, resume: bool, progress: Callable) -> Traine
         write_json(run.folder / "result.json", result)
     except RunStopped as error:
         with contextlib.suppress(OSError):
-            run.flush_samples()
+            run.flush_samples(now)
             if error.intact:
                 last = save_checkpoint(run, learner)
-        raise RunStopped(f"step {run.step + 1}: {error}; last good checkpoint: {last or 'none'}") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        raise RunStopped(f"step {now}: {error}; last good checkpoint: {last or 'none'}") from error
+    except Exception as error:  # safetensors tells of a full disk in an exception of its own
+        cause = next((e for e in DISK if getattr(error, "errno", None) == e or f"os error {e})" in str(error)), None)
+        if cause is None:
             raise
-        raise RunStopped(f"step {run.step}: could not write {error.filename or run.folder}: {error.strerror}; "
+        raise RunStopped(f"step {now}: could not write {getattr(error, 'filename', None) or f'below {run.folder}'}: {os.strerror(cause)}; "
                          f"last good checkpoint: {last or 'none'}") from error
-    except Exception as error:  # safetensors reports a full disk in its own exception
-        if "No space left" in str(error):
-            raise RunStopped(f"step {run.step}: could not write below {run.folder}: no space left on device; "
-                             f"last good checkpoint: {last or 'none'}") from error
-        raise
     return Trained(run.folder, result, learner)
 
 
 def _log(run: Run, metrics: dict[str, float]) -> None:
     append(run.folder / "metrics.jsonl", [{"step": run.step, **metrics}])
-    run.flush_samples()
+    run.flush_samples(run.step)
 
 
 def _keep_best(run: Run, learner: Learner, metric: str | None, metrics: dict[str, float]) -> None:

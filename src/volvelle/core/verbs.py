@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from .claims import Reproduction, run_claim
 from .comparing import Comparison, compare_arms
 from .errors import UserError
-from .files import read_json
+from .files import read_json, read_lines
 from .parts import Recipe, coerce, parse_overrides
 from .registry import Method, registry
 from .run import RunConfig, read_config
@@ -211,7 +210,7 @@ def report(folder: str | Path, allow_code: Sequence[str] = ()) -> Path:
     arms, results = {}, {}
     for path in found:
         arm = path.parent.parent.name
-        arms.setdefault(arm, read_config(path.parent, tuple(allow_code)))
+        arms.setdefault(arm, read_config(path.parent, tuple(allow_code), look=True))
         results.setdefault(arm, {})[int(path.parent.name.removeprefix("seed-"))] = read_json(path)
     arms.pop("prepare", None)
     seeds = sorted(set.intersection(*(set(results[a]) for a in arms)))
@@ -225,9 +224,9 @@ class _SingleRun(Comparison):
     """One run as a comparison of one arm, for its report."""
 
     def __init__(self, folder: Path, allow_code=()):
-        config = read_config(folder, tuple(allow_code))
+        config = read_config(folder, tuple(allow_code), look=True)
         done = folder / "result.json"
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = read_lines(folder / "metrics.jsonl")
         last = {k.removeprefix("eval/"): v for row in rows for k, v in row.items() if k.startswith("eval/")}
         super().__init__({config.method or "run": config}, [config.seed], folder, {config.method or "run": [read_json(done) if done.is_file() else {"metrics": last}]})
 
@@ -245,13 +244,22 @@ def methods() -> list[Method]:
     return sorted(registry.methods.values(), key=lambda m: (m.wing, m.name))
 
 
+def is_method(name: str) -> bool:
+    """Whether a method of that name is registered (in any wing)."""
+    registry.load()
+    return any(name in (m.name, m.key) for m in registry.methods.values())
+
+
 def tasks() -> dict[str, str]:
     """Names that --task takes, with one line each."""
     registry.load()
-    named = {name: (value if isinstance(value, type) else type(value)).__doc__.strip().splitlines()[0] for name, value in registry.table(Task).items()
-             if name not in Task.readers}
-    prefixed = {f"{prefix}:…": (reader.__doc__ or "").strip().splitlines()[0] for prefix, reader in Task.readers.items()}
-    free = {f"<{f.accepts}>": (f.__doc__ or "").strip().splitlines()[0] for f in Task.fallback}
+    def line(found: Any) -> str:
+        return (found.__doc__ or "").strip().partition("\n")[0]
+
+    table = {name: value if isinstance(value, type) else type(value) for name, value in registry.table(Task).items()}
+    named = {name: line(value) for name, value in table.items() if name not in Task.readers}
+    prefixed = {f"{prefix}:…": line(table.get(prefix, reader)) for prefix, reader in Task.readers.items()}
+    free = {f"<{f.accepts}>": line(f) for f in Task.fallback}
     return named | prefixed | free
 
 

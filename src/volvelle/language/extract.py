@@ -16,8 +16,8 @@ def first_line(text: str) -> str:
 
 
 def first_block(text: str) -> str:
-    """What stands before the first empty line, for answers of several lines."""
-    return re.split(r"\n[ \t]*\n", text.strip(), maxsplit=1)[0]
+    """What stands before the first empty line (a line of blanks is not empty), for answers of several lines."""
+    return text.strip().split("\n\n", 1)[0].rstrip()
 
 
 def tagged(text: str, tag: str = "answer") -> str | None:

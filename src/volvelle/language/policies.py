@@ -30,7 +30,8 @@ class Policy:
     """What every kind of policy has in common.
 
     vocabulary: number of token ids; context: longest prompt plus response; end_ids: tokens that end a response;
-    module: the torch module; trainable: set once the run has taken the module in.
+    module: the torch module; trainable: set once the run has taken the module in; steps_exactly: stepping and scoring give the same
+    log-probs (to rounding of float32), so that what the sampler recorded need not be computed again.
     """
 
     vocabulary: int
@@ -38,6 +39,8 @@ class Policy:
     end_ids: tuple[int, ...] = ()
     module: torch.nn.Module
     trainable: Trainable | None = None
+    steps_exactly: bool = True
+    complete_at: int | None = None  # length at which a response is complete without an end token
 
     def own(self, run, optimiser: Optimiser | None) -> "Policy":
         """Hand the weights to the run, which places, steps and checkpoints them."""
@@ -64,17 +67,21 @@ class Policy:
 
     def score(self, batch: Batch, keep: torch.Tensor, needs: frozenset[str] = frozenset(), temperature: float = 1.0) -> Scores: ...
 
-    def frozen_copy(self) -> "Policy":
-        """The policy as it is now, for ever."""
+    def twin(self) -> "Policy":
+        """A frozen copy that shares no weights with this policy."""
         twin = copy.copy(self)
         twin.__dict__.pop("_stops", None)
         twin.trainable = None
         twin.module = copy.deepcopy(self.module).requires_grad_(False).eval()
         return twin
 
+    def frozen_copy(self) -> "Policy":
+        """The policy as it is now, for ever, able to score."""
+        return self.twin()
+
     def lagged(self, run, every: int | None = None, tau: float | None = None) -> "Policy":
         """A frozen twin that follows this policy; `.follow` is the Lagged (refresh(), update()), checkpointed under the asking part's path."""
-        twin = self.frozen_copy()
+        twin = self.twin()
         twin.follow = run.lagged(self.trainable, every, tau, twin.module)
         return twin
 
@@ -124,6 +131,7 @@ class CausalPolicy(Policy):
 
     def __init__(self, module: torch.nn.Module, tokenizer: Any, dtype: str = "float32", compiled: bool = False):
         self.module, self.tokenizer, self.dtype = module, tokenizer, dtype
+        self.steps_exactly = dtype == "float32"
         config = self.model.config
         self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
         self.context = getattr(config, "max_position_embeddings", None) or 1 << 20
@@ -137,7 +145,7 @@ class CausalPolicy(Policy):
         accepted = inspect.signature(self.backbone.forward).parameters
         self.cache_name = "cache" if "cache" in accepted else "past_key_values"
         register_attention(self.model)
-        self._plain_head = self._head_is_plain()
+        self._refuse()
         if compiled:
             self.backbone.compile(dynamic=True)
 
@@ -147,15 +155,21 @@ class CausalPolicy(Policy):
         return self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
 
     @torch.no_grad()
-    def _head_is_plain(self) -> bool:
-        """Whether logits are exactly head(hidden). Some models scale or cap them; those go through the whole forward."""
+    def _refuse(self) -> None:
+        """UserError for models that shared prefixes and branches would get wrong: attention that is not full, logits that are not head(hidden)."""
+        from transformers import DynamicCache
+
+        if odd := {type(layer).__name__ for layer in DynamicCache(config=self.model.config).layers} - {"DynamicLayer"}:
+            raise UserError(f"this model keeps {', '.join(sorted(odd))}, which is not supported; accepted: models with full attention in every layer")
         device = next(self.module.parameters()).device
         ids = torch.tensor([[1 % self.vocabulary, 2 % self.vocabulary]], device=device)
         training, _ = self.module.training, self.module.eval()
         whole = self.model(input_ids=ids, use_cache=False).logits
         parts = self.model.get_output_embeddings()(self.backbone(input_ids=ids, use_cache=False).last_hidden_state)
         self.module.train(training)
-        return bool(torch.allclose(whole.float(), parts.float(), atol=1e-4))
+        if not torch.allclose(whole.float(), parts.float(), atol=1e-4):
+            raise UserError("this model changes its logits after the output layer (scaling or capping), which is not supported yet; "
+                            "accepted: models whose logits are the output layer of the last hidden state")
 
     def autocast(self):
         if self.dtype != "bfloat16":
@@ -186,9 +200,6 @@ class CausalPolicy(Policy):
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states [M, H], float32."""
-        if not self._plain_head:
-            raise UserError("this model changes its logits after the output layer (scaling or capping), which is not supported yet; "
-                            "accepted: models whose logits are the output layer of the last hidden state")
         return self.model.get_output_embeddings()(hidden).float()
 
     def stepper(self, prompts, members, max_tokens):
@@ -212,7 +223,7 @@ class CausalPolicy(Policy):
 
             size = max(1, CHUNK // self.vocabulary)
             pieces = []
-            for at in range(0, len(target), size):
+            for at in range(0, max(1, len(target)), size):  # at least one piece: rows that are all muted may come alone
                 piece = (states[at:at + size], target[at:at + size])
                 again = len(target) > size and torch.is_grad_enabled()
                 pieces.append(checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False) if again else part(*piece))
@@ -221,12 +232,10 @@ class CausalPolicy(Policy):
         return scores_from(flat, keep.shape, rows, cols)
 
     def frozen_copy(self):
-        if hasattr(self.module, "disable_adapter"):
-            return _WithoutAdapter(self)
-        return self._twin()
+        return _WithoutAdapter(self) if hasattr(self.module, "disable_adapter") else self.twin()
 
-    def _twin(self) -> "CausalPolicy":
-        twin = super().frozen_copy()
+    def twin(self):
+        twin = super().twin()
         twin.backbone = body_of(twin.model)
         return twin
 
@@ -241,7 +250,6 @@ class CausalPolicy(Policy):
             model = copy.deepcopy(model).merge_and_unload()
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
 
     def read(self, folder):
         from peft import set_peft_model_state_dict
@@ -270,9 +278,9 @@ class _ValueModel(torch.nn.Module):
 
     def __init__(self, policy: CausalPolicy):
         super().__init__()
-        twin = policy._twin()
+        twin = policy.twin()
         self.body = twin.backbone.requires_grad_(True)
-        self.value = torch.nn.Linear(policy.width, 1)
+        self.value = torch.nn.utils.skip_init(torch.nn.Linear, policy.width, 1)  # the usual start would draw global random numbers
         torch.nn.init.zeros_(self.value.weight)
         torch.nn.init.zeros_(self.value.bias)
         self._policy = [twin]  # in a list: its output layer is not part of this module

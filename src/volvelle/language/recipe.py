@@ -15,6 +15,7 @@ from .advantages import GroupNormalised
 from .curricula import Shuffle
 from .fittings import KL, Updates
 from .objectives import Clipped
+from .records import FORCED, POLICY, TOOL
 from .rewards import Verifier
 from .samplers import Plain
 from .slots import Advantage, Critic, Curriculum, Filter, LanguageTask, Objective, Reward, Sampler
@@ -41,7 +42,7 @@ class Evaluation(Part):
 
     def __post_init__(self):
         super().__post_init__()
-        if max(self.ks) > self.samples:
+        if not self.ks or max(self.ks) > self.samples:
             raise UserError(f"evaluation.ks={list(self.ks)}: pass@k needs evaluation.samples >= k, and samples={self.samples}")
 
 
@@ -104,6 +105,16 @@ class LanguageRecipe(Recipe):
             raise UserError(f"advantage={name_of(self.advantage)} needs values, and critic is none; add critic=value")
         if self.reward is None and wants:
             raise UserError(f"advantage={name_of(self.advantage)} needs rewards, and reward is none; choose a reward")
+        if "entropy" in self.sampling_needs and "entropy" not in self.sampler.gives:
+            asks = next(p for p in (self.advantage, self.filter, self.reward, self.curriculum) if p is not None and "entropy" in p.needs)
+            raise UserError(f"{type(asks).slot}={name_of(asks)} needs the entropy at every sampled token, which sampler={name_of(self.sampler)} does not record; "
+                            "accepted: sampler=plain")
+        for path, loss in self.losses().items():
+            acts_on = getattr(loss, "acts_on", (POLICY,))
+            if not set(acts_on) & set(self.sampler.makes):
+                words = {POLICY: "sampled", TOOL: "tool", FORCED: "given"}
+                raise UserError(f"{path}={name_of(loss)} acts on {'/'.join(words[r] for r in acts_on)} tokens, and sampler={name_of(self.sampler)} "
+                                f"makes {'/'.join(words[r] for r in self.sampler.makes)} ones only: nothing would be trained")
         binary = [p for p in (self.objective, self.advantage, *self.terms.values()) if p is not None and "binary_rewards" in p.needs]
         if binary and not self.gives_binary(task):
             raise UserError(f"{type(binary[0]).slot}={name_of(binary[0])} needs rewards of 0 or 1, and reward={name_of(self.reward)} "

@@ -56,10 +56,12 @@ class Curriculum(Part):
 class Sampler(Part):
     """Makes rollouts: the live object has `sample(prompts) -> list[Rollout]`, grouped by prompt (Rollout.group is set by the loop).
 
-    `group` is the number of rollouts per prompt.
+    `group` is the number of rollouts per prompt; `makes`: roles of the tokens that can carry loss in what it makes.
     """
 
     slot: ClassVar[str] = "sampler"
+    makes: ClassVar[tuple[int, ...]] = (POLICY,)
+    gives = frozenset({"entropy"})  # of the distribution at every token, when somebody needs it
 
 
 class Reward(Part):
@@ -94,7 +96,7 @@ class FunctionReward:
 
     def _one(self, rollout: Rollout) -> float:
         prompt = rollout.prompt
-        row = prompt.row if self.takes_row else {}
+        row = {k: v for k, v in prompt.row.items() if k not in ("prompt", "response")} if self.takes_row else {}
         where = f"reward {self.name!r} on prompt {prompt.id!r}"
         try:
             value = self.function(prompt.text if prompt.text is not None else prompt.messages, rollout.text, **row)
@@ -155,10 +157,13 @@ class Objective(Part):
 class Filter(Part):
     """Keeps or drops whole groups, and mutes single rows: the live object maps a batch to (keep [N] bool, train [N] bool).
 
-    refill: sample again until the batch is full; max_rounds: give up with an error after so many rounds (0: never).
+    refill: sample again until the batch is full; max_rounds: give up with an error after so many rounds (0: never). A live object (from
+    `start`) may keep state; those two are read from the description.
     """
 
     slot: ClassVar[str] = "filter"
+    refill = False
+    max_rounds = 0
 
 
 class Critic(Part):
