@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toys import Counter, Faulty, Reach, Target, Zoo
+from toy_envs import Counter, Faulty, Reach, Target, Zoo
 
 import volvelle
 from volvelle.control.policy import Policy
