@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-import toys
+import toys  # noqa: F401
 import yaml
 from helpers import python
 

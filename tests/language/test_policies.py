@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import toys  # noqa: F401
 from causal import full_logits, policy_and_plain, prompts, random_model, reload
 
 from volvelle.core.errors import UserError
@@ -118,13 +119,6 @@ def saved(tmp_path, seed=0, **options):
 
 def config(folder, *words, recipe=grpo, lora=None, **options) -> RunConfig:
     return configure(recipe, "toy-letters", Pretrained(folder, lora=lora), overrides=[*SMALL, *words], **dict(steps=2) | options)
-
-
-@pytest.fixture(autouse=True)
-def toy_task():
-    import toys
-
-    return toys.Letters
 
 
 @pytest.mark.parametrize("kind, lora", [("llama", None), ("qwen2", None), ("llama", LoRA(rank=4))], ids=["llama", "qwen2", "adapter"])

@@ -38,7 +38,6 @@ def kill_at_a_random_moment(pid: int, folder, rng) -> None:
 
 def train_here(arguments: dict, folder, resume: bool) -> None:
     import torch
-    import toys  # noqa: F401
     import volvelle
 
     torch.set_num_threads(1)
