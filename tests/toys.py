@@ -204,7 +204,6 @@ class Tools(Sampler):
     """Two turns with a tool's text between them, and one demonstration per group."""
 
     group: int = 3
-    temperature: float = 1.0
 
     def start(self, run):
         return LiveTools(self, run)

@@ -56,11 +56,13 @@ class Curriculum(Part):
 class Sampler(Part):
     """Makes rollouts: the live object has `sample(prompts) -> list[Rollout]`, grouped by prompt (Rollout.group is set by the loop).
 
-    `group` is the number of rollouts per prompt; `makes`: roles of the tokens that can carry loss in what it makes.
+    `group` is the number of rollouts per prompt; `temperature` the one at which the policy is trained and scored; `makes`: roles of the tokens
+    that can carry loss in what it makes.
     """
 
     slot: ClassVar[str] = "sampler"
     makes: ClassVar[tuple[int, ...]] = (POLICY,)
+    temperature = 1.0
     gives = frozenset({"entropy"})  # of the distribution at every token, when somebody needs it
 
 
