@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import same_run
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from scripted import Scripted, prompts
 
 import volvelle
@@ -22,7 +23,12 @@ from volvelle.language.methods.latr import Growth, Latr
 from volvelle.language.models import Tiny
 from volvelle.language.recipe import Evaluation
 from volvelle.language.samplers import Plain
-from volvelle.language.similarity import common_subsequence, edit_distance, rouge_l, suffix_match
+from volvelle.language.similarity import (
+    common_subsequence,
+    edit_distance,
+    rouge_l,
+    suffix_match,
+)
 from volvelle.language.tasks.forks import Forks
 
 TINY = Tiny(layers=2, width=32, heads=2, context=64, warmup=0)
