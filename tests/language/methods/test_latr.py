@@ -196,6 +196,16 @@ def test_pruning_takes_the_descendants_and_leaves_parent_and_root():
     assert kept == [[[1, 3, 1, 3, 3, 3, 3, 3]]]
 
 
+def test_a_place_that_is_taken_again_is_judged_by_its_new_branch():
+    """The first child goes after two tokens; the second, in the same place from step 3 on, is not judged by the first one's later window."""
+    def probs(_, prefix):
+        if len(prefix) in (0, 3):
+            return {1: 0.52, 2: 0.48}
+        return {3: 1.0} if len(prefix) < 3 else {(10 if prefix[3] == 1 else 30) + len(prefix): 1.0}
+    made = Live(Latr(group=2, windows=(2, 6), prune={"edit": edit.replace(threshold=0.6)}), Scripted(probs), tokens=12).grow()
+    assert made.count["forks"] == 2 and made.count["judged"] == 3 and made.count["pruned"] == 1 and int(made.forest.birth[1]) == 3
+
+
 def test_different_continuations_survive():
     def probs(_, prefix):
         if not prefix:
