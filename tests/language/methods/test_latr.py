@@ -275,6 +275,8 @@ def test_branching_looks_at_untempered_probabilities_and_the_rest_is_sampled_at_
         share = np.mean([np.mean(np.array(t[1:]) == 5) for t in texts(made)[0]])
         assert abs(share - ratio) < 4 * np.sqrt(ratio * (1 - ratio) / 1600)  # fails once in 16,000 by chance
         assert torch.allclose(made.forest.logps[0, 0].exp(), torch.tensor(0.5))  # tree tokens: untempered
+        q = np.array([0.5, 0.4, 0.1]) ** (1 / temperature)
+        assert float(made.forest.entropy[0, 0]) == pytest.approx(-(q / q.sum() * np.log(q / q.sum())).sum(), abs=1e-5)  # at the training temperature
 
 
 # -------------------------------------------------------------------------------------------------- on a real model, through a run
