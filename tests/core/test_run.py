@@ -225,6 +225,19 @@ def test_a_function_of_a_module_is_resumed_with_allow_code(tmp_path, monkeypatch
     assert code == 0, err
 
 
+def test_a_run_can_be_looked_at_without_its_functions(tmp_path, monkeypatch, capsys, evil):
+    """A report imports nothing and needs no permission; also at the end of training on the command line."""
+    code, out, err = command(monkeypatch, capsys, "train", "grpo", *SMALL, "reward=toy_evil:boom", "--task", "tree", "--steps", 1, "--out", tmp_path / "a")
+    assert code == 0 and "report:" in out, err
+    volvelle.train(grpo(advantage=lambda batch: batch.rewards), "tree", folder=tmp_path / "b", steps=1, overrides=SMALL)
+    sys.modules.pop("toy_evil")
+    evil.unlink()
+    for name in "ab":
+        (tmp_path / name / "report.html").unlink(missing_ok=True)
+        assert volvelle.report(tmp_path / name).is_file()
+    assert not evil.exists() and "toy_evil" not in sys.modules
+
+
 # ------------------------------------------------------------------------------------------------------------------ devices
 
 

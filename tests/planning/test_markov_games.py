@@ -11,7 +11,7 @@ from volvelle.planning.methods import rae
 from volvelle.planning.psro import MatrixArena, Psro, latest, uniform
 
 HUNT = stag_hunt()
-WALKERS = [walkers(5, player, [12, 4, 20], 0.1) for player in (0, 1)]
+WALKERS = [walkers(5, player, 0.1) for player in (0, 1)]
 
 
 def best_value(game, rival):
@@ -54,12 +54,14 @@ def test_moments_of_returns_that_add_up_over_steps():
 
 def test_the_hunt_pays_what_it_says():
     sure = stag_hunt(slip=0.0)
-    stag, hare, other = [walkers(5, 0, [12, 4, 20], 0.0), walkers(5, 1, [12, 4, 20], 0.0)], 1, 2
+    stag, hare, other = [walkers(5, 0), walkers(5, 1)], 1, 2
     np.testing.assert_allclose(sure.returns((stag[0][0], stag[1][0]))[0], [5, 5])  # both four steps away: they arrive together
-    np.testing.assert_allclose(sure.returns((stag[0][0], stag[1][hare]))[0], [-3, 2])
+    np.testing.assert_allclose(sure.returns((stag[0][0], stag[1][hare]))[0], [0, 2])  # waits for nobody
+    rash = np.repeat(np.eye(5)[[2 if cell < 10 else 4 for cell in range(26)]], 26, 0)  # two down, two right, alone if need be
+    np.testing.assert_allclose(sure.returns((rash, stag[1][hare]))[0], [-3, 2])
     np.testing.assert_allclose(sure.returns((stag[0][hare], stag[1][other]))[0], [2, 2])
     assert sure.count((stag[0][0], stag[1][0])) == pytest.approx({"hares": 0, "stags": 2, "failures": 0})
-    assert sure.count((stag[0][0], stag[1][hare])) == pytest.approx({"hares": 1, "stags": 0, "failures": 1})
+    assert sure.count((rash, stag[1][hare])) == pytest.approx({"hares": 1, "stags": 0, "failures": 1})
 
 
 def test_the_merge_pays_what_it_says():
@@ -79,17 +81,23 @@ def test_learnt_replies_are_nearly_optimal():
         assert set(np.unique(reply)) == {0.0, 1.0}
 
 
+def caught(risk: float, kind: str) -> tuple[float, float]:
+    """Mean and variance of the return of a learnt reply to mostly the first walker, at this aversion to risk."""
+    rivals, mix = [WALKERS[0], WALKERS[1]], [None, np.array([0.8, 0.1, 0.1])]
+    reply = MarkovArena(HUNT, WALKERS, risk, kind).respond(0, rivals, mix, np.random.default_rng(0))
+    found = [HUNT.returns((reply, rival)) for rival in WALKERS[1]]
+    return sum(w * v[0][0] for w, v in zip(mix[1], found)), sum(w * v[1][0] for w, v in zip(mix[1], found))
+
+
 def test_risk_aversion_changes_the_reply_from_stag_to_hare():
-    rivals = [WALKERS[0], WALKERS[1]]
-    mix = [None, np.array([0.8, 0.1, 0.1])]
-    caught = {}
-    for risk, kind in ((0.0, "episode"), (0.4, "episode"), (0.4, "opponent")):
-        reply = MarkovArena(HUNT, WALKERS, risk, kind, batches=200).respond(0, rivals, mix, np.random.default_rng(0))
-        counts = [HUNT.returns((reply, rival)) for rival in WALKERS[1]]
-        caught[risk, kind] = sum(w * v[0][0] for w, v in zip(mix[1], counts)), sum(w * v[1][0] for w, v in zip(mix[1], counts))
-    assert caught[0.0, "episode"][0] > 2.1
-    assert caught[0.4, "episode"][0] < caught[0.0, "episode"][0] and caught[0.4, "episode"][1] < caught[0.0, "episode"][1] / 3
-    assert caught[0.4, "opponent"][1] < caught[0.0, "episode"][1] / 3
+    bold, careful = caught(0.0, "episode"), caught(0.4, "episode")
+    assert bold[0] > 2.1
+    assert careful[0] < bold[0] and careful[1] < bold[1] / 3
+
+
+@pytest.mark.xfail(strict=True, reason="since the hunters of the game wait for each other, aversion to the variance between opponents alone no longer moves the learnt reply")
+def test_risk_over_opponents_changes_the_reply_too():
+    assert caught(0.4, "opponent")[1] < caught(0.0, "episode")[1] / 3
 
 
 def test_the_step_transform_turns_mean_into_mean_minus_variance():
@@ -111,13 +119,13 @@ def test_sampled_payoffs_use_the_same_random_numbers_for_every_pair():
 
 
 def test_measure_counts_events_of_the_mixture():
-    arena = MarkovArena(stag_hunt(slip=0.0), [walkers(5, i, [12, 4], 0.0) for i in (0, 1)], starting=2)
+    arena = MarkovArena(stag_hunt(slip=0.0), [walkers(5, i)[:2] for i in (0, 1)], starting=2)
     psro = Psro(arena, nash, np.random.default_rng(0))
-    order = [[int(np.array_equal(p, arena.starters[i][1])) for p in psro.populations[i]] for i in (0, 1)]
-    stag = [1.0 - np.array(o) for o in order]
+    stag = [np.array([float(np.array_equal(p, arena.starters[i][0])) for p in psro.populations[i]]) for i in (0, 1)]
     found = arena.measure(psro.populations, psro.game, stag, 0.5)
-    assert found["stags"] == pytest.approx(2) and found["mean"] == pytest.approx(0.75 * 5 - 0.25 * 3)
-    assert found["stags_trembling"] == pytest.approx(2 * 0.75**2) and found["failures_trembling"] == pytest.approx(2 * 0.75 * 0.25)
+    assert found["stags"] == pytest.approx(2) and found["mean"] == pytest.approx(0.75 * 5)
+    assert found["stags_trembling"] == pytest.approx(2 * 0.75**2)
+    assert found["hares_trembling"] == pytest.approx(2 * (0.75 * 0.25 + 0.25**2))
 
 
 def test_population_play_solves_zero_sum_tables():

@@ -39,15 +39,10 @@ def finished(job: Job) -> dict | None:
     if not (job.folder / "config.yaml").is_file():
         return None
     wanted = config_data(job.config)
-    if read_yaml(job.folder / "config.yaml") != wanted and config_data(read_config(job.folder, allow_code=_Everything())) != wanted:
+    if read_yaml(job.folder / "config.yaml") != wanted and config_data(read_config(job.folder, look=True)) != wanted:
         raise UserError(f"{job.folder}: holds a run with another configuration; name another folder, or delete it")
     done = job.folder / "result.json"
     return read_json(done) if done.is_file() else None
-
-
-class _Everything(tuple):
-    def __contains__(self, item) -> bool:
-        return True
 
 
 def execute(job: Job, threads: int | None = None, progress: Callable | None = None) -> dict:

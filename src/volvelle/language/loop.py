@@ -6,6 +6,7 @@ draw, sample, score, total, batch, passes, credit, improve, update.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import defaultdict
 from pathlib import Path
@@ -210,7 +211,8 @@ class LanguageLearner:
         """One optimiser step on a mini-batch."""
         if self.recipe.updates.normalise == "minibatch" and mini.advantages is not None:
             a = mini.advantages
-            mini.advantages = (a - a.mean()) / (a.std() + 1e-8)
+            counted = a[mini.acted(self.roles()) & mini.train[:, None]] if a.ndim == 2 else a
+            mini = dataclasses.replace(mini, advantages=(a - counted.mean()) / (counted.std() + 1e-8))
         weights = self.weights(mini)
         keep = torch.stack([w > 0 for w in weights.values()]).any(0)
         needs = self.recipe.loss_needs | (self.old_needs() if self.one_update else frozenset())
@@ -224,6 +226,9 @@ class LanguageLearner:
             total = 0.0
             for name, weight in weights.items():
                 matrix = self.kl.loss(scores, micro) if name == "kl" else self.losses[name](scores, micro)
+                if getattr(matrix, "shape", None) not in (micro.ids.shape, micro.rewards.shape):
+                    shape = f"shape {tuple(matrix.shape)}" if isinstance(matrix, torch.Tensor) else f"type {type(matrix).__name__}"
+                    raise RunStopped(f"the loss {name!r} has {shape}; expected {tuple(micro.ids.shape)} or {tuple(micro.rewards.shape)}")
                 w = micro.train / len(mini) if matrix.ndim == 1 else weight[rows][:, :width]
                 value = torch.where(w != 0, matrix * w, 0.0).sum()
                 total = total + value

@@ -61,6 +61,7 @@ class Sampler(Part):
 
     slot: ClassVar[str] = "sampler"
     makes: ClassVar[tuple[int, ...]] = (POLICY,)
+    gives = frozenset({"entropy"})  # of the distribution at every token, when somebody needs it
 
 
 class Reward(Part):

@@ -99,15 +99,14 @@ class RandomGame(MatrixTask):
 
 @part("stag-hunt")
 class StagHunt(GameTask):
-    """Two hunters on a grid: the stag pays five each if taken together, costs three alone; a hare pays two. See markov_games.stag_hunt."""
+    """Two hunters on a grid: the stag pays five each if taken together, costs three alone; a hare pays two. The populations
+    start with a stag hunter and two hare hunters. See markov_games.stag_hunt."""
 
     size: Annotated[int, Field(ge=3, le=9)] = 5
     slip: Probability = 0.1
 
     def arena(self, seed, risk=0.0, kind="episode", repeat=False):
-        goals = [self.size**2 // 2, self.size - 1, self.size**2 - self.size]
-        starters = [walkers(self.size, player, goals, 0.0) for player in (0, 1)]
-        return MarkovArena(stag_hunt(self.size, self.slip), starters, risk, kind, starting=2)
+        return MarkovArena(stag_hunt(self.size, self.slip), [walkers(self.size, player) for player in (0, 1)], risk, kind, starting=3)
 
 
 @part("merge")

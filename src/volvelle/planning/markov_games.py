@@ -102,8 +102,8 @@ class MarkovArena:
     risk: float = 0.0
     kind: Literal["step", "episode", "opponent"] = "episode"
     episodes: int = 0
-    batches: int = 300
-    batch: int = 128
+    batches: int = 150
+    batch: int = 512
     learning_rate: float = 0.1
     exploration: float = 1.0
     discount: float = 0.97
@@ -225,14 +225,19 @@ def merge(length: int = 4, slip: float = 0.1, horizon: int = 16, crash: float = 
                       {"crashes": crashed, "arrivals": (through & ~crashed).sum(0)})
 
 
-def walkers(size: int, player: int, goals: list[int], noise: float) -> list[np.ndarray]:
-    """Policies on `stag_hunt(size)`, one per goal cell: walk there on a shortest way, a share `noise` of the steps at random."""
+def walkers(size: int, player: int, noise: float = 0.0) -> list[np.ndarray]:
+    """Three policies on `stag_hunt(size)`: for the stag (wait beside it until the other is beside it too), and for either hare. They walk
+    on shortest ways, a share `noise` of the steps at random."""
     where = np.stack(np.divmod(np.arange(size * size), size), 1)
     reached = np.clip(where[:, None] + MOVES, 0, size - 1)
     found = []
-    for goal in goals:
-        distance = np.abs(reached - where[goal]).sum(2)
-        best = distance == distance.min(1, keepdims=True)
-        policy = np.vstack([(1 - noise) * best / best.sum(1, keepdims=True) + noise / 5, np.full((1, 5), 0.2)])
-        found.append(np.tile(policy, (len(policy), 1)) if player else np.repeat(policy, len(policy), 0))
+    for goal in (size * size // 2, size - 1, size * size - size):
+        away = np.abs(reached - where[goal]).sum(2)
+        best = away == away.min(1, keepdims=True)
+        walk = np.vstack([best / best.sum(1, keepdims=True), np.full((1, 5), 0.2)])[:, None].repeat(len(where) + 1, 1)  # [own, other, 5]
+        if goal == size * size // 2:
+            near = np.append(np.abs(where - where[goal]).sum(1) == 1, False)
+            walk[np.ix_(near, ~near)] = np.eye(5)[0]
+        walk = (1 - noise) * walk + noise / 5
+        found.append((walk if player == 0 else walk.swapaxes(0, 1)).reshape(-1, 5))
     return found

@@ -7,6 +7,7 @@ import torch
 
 import volvelle
 from volvelle.core.errors import RunStopped, UserError
+from volvelle.core.files import read_lines
 from volvelle.core.schedule import at
 from volvelle.core.trainer import start
 from volvelle.core.verbs import configure
@@ -257,6 +258,12 @@ def test_resumes_bit_for_bit(tmp_path, advantage):
     assert torch.equal(table(whole), table(resumed))
     fresh, _ = start(configure("canon", "tree", overrides=SMALL + chosen), tmp_path / "fresh")
     assert not torch.equal(table(whole), fresh.policy.module.table)
+
+
+def test_the_weight_that_held_is_logged(tmp_path):
+    volvelle.train("canon", "tree", steps=2, folder=tmp_path / "run", overrides=[*SMALL, "advantage=canon-dynamic"])
+    rows = [r for r in read_lines(tmp_path / "run" / "metrics.jsonl") if "reward" in r]
+    assert len(rows) == 2 and all(r["advantage/mu"] == pytest.approx(1 - r["reward"]) for r in rows)
 
 
 def test_mu_one_half_trains_like_dr_grpo_and_inter_does_not(tmp_path):

@@ -229,7 +229,7 @@ def test_demonstrations_from_the_prompt(tmp_path):
     assert teacher[2].isnan().all() and (teacher[0] == 0).all()
 
 
-@pytest.mark.parametrize("given, message", [([], "no demonstrations.*sampler.missing=sample"), ("1 2 3", "is a str; expected a list"),
+@pytest.mark.parametrize("given, message", [([], "has no demonstrations"), ("1 2 3", "is a str; expected a list"),
                                             ([7], "neither a text nor a mapping"), (["1 2 3 4"], "4 tokens|5 tokens, more than"),
                                             ([{"text": "1 2 3", "logps": [-1.0]}], "1 logps; expected 3")])
 def test_unusable_demonstrations_stop_the_run(tmp_path, given, message):
@@ -239,7 +239,7 @@ def test_unusable_demonstrations_stop_the_run(tmp_path, given, message):
 
 @pytest.mark.parametrize("method, overrides, message", [
     ("grpo", ["sampler=rl-plus"], "no loss acts on demonstrations"),
-    ("rl-plus", ["advantage=canon"], "no entropy at sampling time"),
+    ("rl-plus", ["advantage=canon"], "sampler=rl-plus does not record"),
     ("rl-plus", ["sampler.prefix_low=0.9", "sampler.prefix_high=0.5"], "must not exceed prefix_high"),
     ("rl-plus", ["advantage=none"], "needs advantages")])
 def test_refusals(method, overrides, message):

@@ -25,17 +25,22 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from volvelle.core.claims import Arm, Claim
 from volvelle.core.errors import RunStopped, UserError
 from volvelle.core.parts import Part, method, part, preset
 from volvelle.core.schedule import Schedule, at
+from volvelle.core.trainable import Adam
 
 from ..advantages import Fraction, group_index, outcome
 from ..fittings import Updates
+from ..models import Tiny
 from ..objectives import Clipped
-from ..recipe import LanguageRecipe
+from ..recipe import Evaluation, LanguageRecipe
 from ..records import POLICY, Batch
 from ..samplers import Plain
 from ..slots import Advantage
+from ..tasks.text import Pause
+from .dr_grpo import dr_grpo
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
@@ -190,8 +195,11 @@ class LiveConditional:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         p = self.part
-        mu = p.mu.of(batch) if isinstance(p.mu, Mixing) else at(p.mu, batch.step)
-        return conditional(outcome(batch), batch.groups, self.metric(batch), mu, p.alpha, p.discount, p.beta)
+        self.mu = p.mu.of(batch) if isinstance(p.mu, Mixing) else at(p.mu, batch.step)
+        return conditional(outcome(batch), batch.groups, self.metric(batch), self.mu, p.alpha, p.discount, p.beta)
+
+    def report(self) -> dict[str, float]:
+        return {"mu": self.mu}
 
 
 inter = preset("canon-inter", Conditional())
@@ -200,5 +208,24 @@ dynamic = preset("canon-dynamic", Conditional(mu=Accuracy()))
 efficient = preset("canon-eff", Conditional(metric="length", alpha=0.96))
 surrogate = preset("canon", Clipped(0.2, 0.28, dual_clip=3.0, aggregation="constant"))
 
+pause = dict(sampler=Plain(group=16), objective=surrogate, prompts=16, updates=Updates(optimiser=Adam(lr=1e-4), minibatch=8),
+             evaluation=Evaluation(prompts=100, samples=8, ks=(1,)))
+by_length, costs = Conditional(metric="length"), Pause(right_short=0.8, right_long=0.3)
+
+
+def arm(advantage: Advantage, task: Pause = Pause(right_short=0.3, right_long=0.8)) -> Arm:
+    return Arm(LanguageRecipe(**pause, advantage=advantage), task)
+
+
+claim = Claim(
+    says="comparing the halves of a group by length amplifies the direction that pays, longer where longer is more often right and shorter where "
+         "shorter is, and discounting the long half shortens responses, both at no loss of accuracy",
+    arms={"dr-grpo": arm(dr_grpo.advantage), "inter": arm(by_length), "intra": arm(by_length.replace(mu=0.0)), "eff": arm(by_length.replace(alpha=0.9)),
+          "inter-entropy": arm(inter), "costly-dr-grpo": arm(dr_grpo.advantage, costs), "costly-inter": arm(by_length, costs)},
+    model=Tiny(layers=2, width=64, heads=2, warmup=800), steps=40, seeds=10, minutes=8,
+    quick={"steps": 2, "seeds": 2, "model": Tiny(layers=2, width=64, heads=2, warmup=2)},
+    expects=("inter > dr-grpo on length", "costly-inter < costly-dr-grpo on length", "eff < dr-grpo on length",
+             "inter >= dr-grpo - 0.03 on pass@1", "costly-inter >= costly-dr-grpo - 0.03 on pass@1", "eff >= dr-grpo - 0.03 on pass@1"))
+
 canon = method("canon", LanguageRecipe(sampler=Plain(group=16), advantage=inter, objective=surrogate, prompts=32, updates=Updates(minibatch=16)),
-               title="Baselines from the other half of the group, ordered by entropy or length", source="arXiv 2509.23962")
+               title="Baselines from the other half of the group, ordered by entropy or length", source="arXiv 2509.23962", claim=claim)

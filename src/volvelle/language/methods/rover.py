@@ -179,6 +179,7 @@ class UniformValue(Sampler):
     rho: AtLeast0 = 0.05
     leaves: Count = 1 << 16
     temperature: Positive = 1.0
+    gives = frozenset()
 
     def start(self, run):
         return LiveUniformValue(self, run)

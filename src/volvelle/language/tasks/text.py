@@ -207,8 +207,8 @@ class Pause(TextTask):
     """
 
     most: Annotated[int, Field(gt=0, le=24)] = 7
-    right_short: Annotated[float, Field(ge=0, le=1)] = 0.4
-    right_long: Annotated[float, Field(ge=0, le=1)] = 0.7
+    right_short: Annotated[float, Field(ge=0, le=1)] = 0.3
+    right_long: Annotated[float, Field(ge=0, le=1)] = 0.8
 
     def draw(self, rng):
         while len(set(digits := _digits(rng, 4, 4))) < 2:

@@ -92,7 +92,7 @@ class GfucbMdp:
 claim = Claim(
     says="decision processes that share an unknown feature map lose less when they explore together than each alone",
     arms={"joint": Explore(explorer=Finite(factor=0.1)), "independent": Explore(explorer=Finite(factor=0.1), sharing="separate")},
-    task="linear-mdps", steps=40, seeds=10, equal="episodes", minutes=3, run={"checkpoint_every": 0}, quick={"steps": 3, "seeds": 2},
+    task="linear-mdps", steps=40, seeds=30, equal="episodes", minutes=3, run={"checkpoint_every": 0}, quick={"steps": 3, "seeds": 2},
     expects=("joint < independent on regret",))
 
 method("gfucb-mdp", Explore(explorer=Finite(factor=0.1)), title="GFUCB in episodic decision processes with a shared feature map",

@@ -233,10 +233,12 @@ rae = method("rae", Solve(concept=RiskAverse()), title="Equilibria that weigh th
              claim=claim)
 
 population_claim = Claim(
-    says="over populations of policies the risk-averse equilibrium hunts hares where Nash may hunt the stag, and avoids crashes when others err",
-    arms={"nash": Populations(), "rae": Populations(concept=RiskAverse(0.3, 0.05), risk=0.1),
-          "nash-merge": Arm(Populations(), task="merge"), "rae-merge": Arm(Populations(concept=RiskAverse(0.02, 0.05), risk=0.005), task="merge")},
-    task="stag-hunt", steps=5, seeds=5, equal="policies", minutes=12, run={"checkpoint_every": 0}, quick={"steps": 1, "seeds": 2},
+    says="over populations of policies, where the Nash equilibrium of the largest payoffs hunts the stag the risk-averse one hunts hares, and with "
+         "partners who err it crashes less",
+    arms={"nash": Populations(), "rae": Populations(concept=RiskAverse(1.0, 0.05), risk=0.1),
+          "nash-merge": Arm(Populations(tremble=0.2), task="merge"),
+          "rae-merge": Arm(Populations(concept=RiskAverse(0.1, 0.05), risk=0.02, tremble=0.2), task="merge")},
+    task="stag-hunt", steps=5, seeds=10, equal="policies", minutes=15, run={"checkpoint_every": 0}, quick={"steps": 1, "seeds": 2},
     expects=("rae > nash on hares", "rae-merge < nash-merge on crashes_trembling", "rae-merge >= nash-merge - 0.05 on arrivals_trembling"))
 
 psro = method("psro", Populations(), title="Grow populations of policies against a Nash equilibrium of those so far", source="arXiv 1711.00832")
