@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import same_run
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from scripted import Scripted, prompts
 
 import volvelle
@@ -22,7 +23,12 @@ from volvelle.language.methods.latr import Growth, Latr
 from volvelle.language.models import Tiny
 from volvelle.language.recipe import Evaluation
 from volvelle.language.samplers import Plain
-from volvelle.language.similarity import common_subsequence, edit_distance, rouge_l, suffix_match
+from volvelle.language.similarity import (
+    common_subsequence,
+    edit_distance,
+    rouge_l,
+    suffix_match,
+)
 from volvelle.language.tasks.forks import Forks
 
 TINY = Tiny(layers=2, width=32, heads=2, context=64, warmup=0)
@@ -190,6 +196,16 @@ def test_pruning_takes_the_descendants_and_leaves_parent_and_root():
     assert kept == [[[1, 3, 1, 3, 3, 3, 3, 3]]]
 
 
+def test_a_place_that_is_taken_again_is_judged_by_its_new_branch():
+    """The first child goes after two tokens; the second, in the same place from step 3 on, is not judged by the first one's later window."""
+    def probs(_, prefix):
+        if len(prefix) in (0, 3):
+            return {1: 0.52, 2: 0.48}
+        return {3: 1.0} if len(prefix) < 3 else {(10 if prefix[3] == 1 else 30) + len(prefix): 1.0}
+    made = Live(Latr(group=2, windows=(2, 6), prune={"edit": edit.replace(threshold=0.6)}), Scripted(probs), tokens=12).grow()
+    assert made.count["forks"] == 2 and made.count["judged"] == 3 and made.count["pruned"] == 1 and int(made.forest.birth[1]) == 3
+
+
 def test_different_continuations_survive():
     def probs(_, prefix):
         if not prefix:
@@ -259,6 +275,8 @@ def test_branching_looks_at_untempered_probabilities_and_the_rest_is_sampled_at_
         share = np.mean([np.mean(np.array(t[1:]) == 5) for t in texts(made)[0]])
         assert abs(share - ratio) < 4 * np.sqrt(ratio * (1 - ratio) / 1600)  # fails once in 16,000 by chance
         assert torch.allclose(made.forest.logps[0, 0].exp(), torch.tensor(0.5))  # tree tokens: untempered
+        q = np.array([0.5, 0.4, 0.1]) ** (1 / temperature)
+        assert float(made.forest.entropy[0, 0]) == pytest.approx(-(q / q.sum() * np.log(q / q.sum())).sum(), abs=1e-5)  # at the training temperature
 
 
 # -------------------------------------------------------------------------------------------------- on a real model, through a run

@@ -26,8 +26,21 @@ from volvelle.language.models import Tiny
 from volvelle.language.records import Prompt
 from volvelle.language.samplers import Plain
 from volvelle.language.sampling import Sampling, generate
-from volvelle.language.study import (Outcomes, accuracy_histogram, coverage, crossover, draw_outcomes, matching_temperature, mean_entropy, merge,
-                                     over_problems, perplexity, read_outcomes, seeded, without_reasoning)
+from volvelle.language.study import (
+    Outcomes,
+    accuracy_histogram,
+    coverage,
+    crossover,
+    draw_outcomes,
+    matching_temperature,
+    mean_entropy,
+    merge,
+    over_problems,
+    perplexity,
+    read_outcomes,
+    seeded,
+    without_reasoning,
+)
 from volvelle.language.tasks.strategies import Strategies
 
 TINY = Tiny(layers=1, width=16, heads=2, context=64, warmup=0)

@@ -11,14 +11,23 @@ import volvelle
 from volvelle.cli import main
 from volvelle.core.errors import UserError
 from volvelle.core.files import read_lines
-from volvelle.core.run import Run, RunConfig
+from volvelle.core.run import Run
 from volvelle.core.trainable import SGD, Adam
 from volvelle.core.verbs import configure
 from volvelle.language.advantages import group_normalised
 from volvelle.language.batching import make_batch
 from volvelle.language.curricula import Shuffle
 from volvelle.language.fittings import Updates
-from volvelle.language.methods.one_shot import (OneShot, entropy_only, historical_variance, learning_impact, one_shot, rank, saturation, select)
+from volvelle.language.methods.one_shot import (
+    OneShot,
+    entropy_only,
+    historical_variance,
+    learning_impact,
+    one_shot,
+    rank,
+    saturation,
+    select,
+)
 from volvelle.language.models import Tiny
 from volvelle.language.records import Prompt, Rollout
 from volvelle.language.samplers import Plain

@@ -11,8 +11,7 @@ Idea. Grow each group as a tree.
 Only k = round(eta G) responses of a group come from the tree, the others are ordinary samples; eta falls over training.
 Pick it when groups are homogeneous and responses long. Leave it for responses of a few tokens: apart from its forks the tree is greedy.
 The update is that of any other method (`dapo sampler=latr`): responses count as sampled from the policy, nothing corrects for the tree.
-Forking and pruning move rows of booleans over shared keys (stepping.py); no token is computed twice. Differences to the released code
-are listed in docs/methods/latr.md.
+Forking and pruning move rows of booleans over shared keys (stepping.py); no token is computed twice. Deviations: docs/methods/latr.md.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class Latr(Plain):
     absolute: Share = 0.25
     relative: Share = 0.15
     rank: Annotated[int, Field(ge=2)] = 2
-    windows: tuple[Count, ...] = (20, 30, 50)
+    windows: Annotated[tuple[Count, ...], Field(min_length=1)] = (20, 30, 50)
     prune: dict[str, Pruning] = field(default_factory=lambda: {"edit": edit})
     spare: str = ""
     surplus: Literal["rank", "probability"] = "rank"
@@ -99,17 +98,16 @@ class LiveLatr(LivePlain):
         forest = tree.grow()
         for name, count in tree.count.items():
             self.seen[name] += count
-        plain = self.sampling.plain
-        return [forest.rollout(s, self.entropy, plain and s % forest.room >= width, tree=float(s % forest.room < width)) for s in range(len(forest.used))]
+        inside, plain = tree.tree.tolist(), self.sampling.plain
+        return [forest.rollout(s, self.entropy, plain and not inside[s], tree=float(inside[s])) for s in range(len(inside))]
 
     def update(self, batch):
         seen, places = self.seen, max(self.seen["places"], 1)
         if self.part.adaptive:
             strict, loose = seen["suppressed"] > 0.1 * places * self.sampling.max_tokens, seen["empty"] > 0.05 * places
             self.level = max(-10, min(10, self.level + strict - loose))
-        self.told = {"forks": seen["forks"] / places, "suppressed": seen["suppressed"] / places, "empty": seen["empty"] / places,
-                     "pruned": seen["pruned"] / max(seen["judged"], 1), "tree_steps": seen["steps"] / max(seen["trees"], 1),
-                     "level": float(self.level)}
+        self.told = {name: seen[name] / places for name in ("forks", "suppressed", "empty")} | {
+            "pruned": seen["pruned"] / max(seen["judged"], 1), "tree_steps": seen["steps"] / max(seen["trees"], 1), "level": float(self.level)}
         self.seen = defaultdict(float)
 
     def report(self):
@@ -166,8 +164,7 @@ class Growth:
         top, candidate = (v.cpu() for v in here.softmax(-1).topk(min(self.part.rank, here.shape[-1])))
         token[rows], logp[rows] = candidate[:, 0], top[:, 0].log()
         if live.entropy:
-            p = (here / live.sampling.temperature).log_softmax(-1)
-            entropy[rows] = -(p.exp() * p).sum(-1).cpu()
+            entropy[rows] = torch.special.entr((here / live.sampling.temperature).softmax(-1)).sum(-1).cpu()
         return token, logp, entropy, self.children(rows, top, candidate)
 
     def children(self, rows, top, candidate) -> list[tuple[int, int, int, float]]:
@@ -176,13 +173,16 @@ class Growth:
         if part.random_branching is None:
             opens = (top[:, 1:] > part.absolute + self.shift) & (top[:, :1] - top[:, 1:] < part.relative - self.shift)
         else:
-            opens = torch.rand(len(rows), top.shape[1] - 1, generator=self.live.rng) < part.random_branching
+            opens = (torch.rand(len(rows), top.shape[1] - 1, generator=self.live.rng) < part.random_branching) & (top[:, 1:] > 0)
             opens[:, 1:] = False
-        wanted = defaultdict(list)
+        prompt_of = forest.active[rows] // forest.room
+        taken = forest.used.view(-1, forest.room)[prompt_of, :self.width].all(1, keepdim=True)
+        self.count["suppressed"] += int((opens & taken).sum())
+        opens, wanted = opens & ~taken, defaultdict(list)
         for i, rank in opens.nonzero().tolist():
             p = float(top[i, rank + 1])
             order = (rank, i) if part.surplus == "rank" else (-p, i)
-            wanted[int(forest.active[rows[i]]) // forest.room].append((order, int(rows[i]), int(candidate[i, rank + 1]), p))
+            wanted[int(prompt_of[i])].append((order, int(rows[i]), int(candidate[i, rank + 1]), p))
         made = []
         for prompt, asked in wanted.items():
             places = [s for s in range(prompt * forest.room, prompt * forest.room + self.width) if not forest.used[s]]

@@ -37,12 +37,24 @@ from volvelle.core.trainable import Adam
 from volvelle.core.trainer import start, threads
 from volvelle.core.verbs import configure, open_run
 
-from ..fittings import Updates, ValueCritic
+from ..fittings import Drop, Updates, ValueCritic
 from ..recipe import Evaluation
 from ..samplers import Plain, forced
 from ..sampling import Sampling
-from ..study import (Outcomes, accuracy_histogram, coverage, crossover, draw_outcomes, matching_temperature, mean_entropy, merge, over_problems,
-                     perplexity, read_outcomes, without_reasoning)
+from ..study import (
+    Outcomes,
+    accuracy_histogram,
+    coverage,
+    crossover,
+    draw_outcomes,
+    matching_temperature,
+    mean_entropy,
+    merge,
+    over_problems,
+    perplexity,
+    read_outcomes,
+    without_reasoning,
+)
 from ..study_page import write_study
 from .dapo import dapo
 from .grpo import grpo
@@ -213,11 +225,12 @@ quick_adam = Updates(optimiser=Adam(lr=0.05))
 far = dict(prompts=16, updates=quick_adam, evaluation=Evaluation(samples=256, ks=(1, 4, 16, 64, 256)))
 ALGORITHMS = {"ppo": ppo(**far, critic=ValueCritic(optimiser=Adam(lr=0.05)), sampler=Plain(group=8), kl=None), "grpo": grpo(**far),
               "reinforce++": reinforce_pp(**far, sampler=Plain(group=8), kl=None), "rloo": rloo(**far, kl=None),
-              "remax": remax(**far, sampler=WithGreedy(group=8)), "dapo": dapo(**far)}
+              "remax": remax(**far, sampler=WithGreedy(group=8)), "dapo": dapo(**far, filter=Drop())}  # not muted at the cap: here every response has its full length
 
 claim = Claim(
     says="six algorithms raise pass@1 and lower pass@256 below the base; distillation raises both",
-    arms={"base": Arm(grpo(**far), steps=0), **ALGORITHMS, "distilled": sft(**far)}, task="strategies", steps=150, seeds=5, minutes=6,
+    arms={"base": Arm(grpo(**far), steps=0), **ALGORITHMS, "distilled": sft(**far)(prompts=128)},  # as many responses a step as the others
+    task="strategies", steps=100, seeds=8, minutes=10,
     expects=(*(f"{name} > base on pass@1" for name in ALGORITHMS), *(f"{name} < base on pass@256" for name in ALGORITHMS),
              "distilled > base on pass@1", "distilled > base on pass@256"))
 

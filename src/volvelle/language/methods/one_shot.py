@@ -21,10 +21,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import Field
 
 from volvelle.core.claims import Arm, Claim
 from volvelle.core.errors import UserError
@@ -32,13 +31,13 @@ from volvelle.core.files import read_lines, write_text
 from volvelle.core.parts import method, part
 from volvelle.core.trainable import Adam, AdamW
 
-from ..curricula import Fixed, LiveFixed, Shuffle
+from ..curricula import Fixed, Shuffle
 from ..extract import marked
 from ..fittings import KL, Updates
 from ..loop import LanguageLearner
 from ..matching import MATCHES
 from ..objectives import Entropy
-from ..recipe import Evaluation, LanguageRecipe
+from ..recipe import LanguageRecipe
 from ..records import Prompt
 from ..rewards import BINARY, each
 from ..samplers import Plain
