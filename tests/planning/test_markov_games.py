@@ -148,7 +148,7 @@ def test_a_reply_on_a_table_weighs_the_variance():
 def test_risk_averse_population_play_ends_in_an_equilibrium_of_the_whole_table():
     rng = np.random.default_rng(5)
     for _ in range(3):
-        table = zero_sum(rng.normal(size=(12, 12)) * 3)
+        table = zero_sum(rng.normal(size=(7, 7)) * 3)
         psro = Psro(MatrixArena(table, 0.3), lambda game: rae.solve(game, 0.3, steps=200, restarts=3, generator=np.random.default_rng(0)).profile, rng)
         while psro.step():
             pass
