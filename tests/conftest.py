@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
-settings.register_profile("volvelle", derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("volvelle", derandomize=True, database=None, deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 settings.load_profile("volvelle")
 
 

@@ -25,7 +25,7 @@ from volvelle.language.slots import Advantage, Critic, Curriculum, Filter, Langu
 
 @part("toy-letters")
 class Letters(LanguageTask):
-    """Continue `xy=` with letters of the first half of the alphabet; the score is their share."""
+    """Continue `xy=` with letters of the first half of the alphabet; the score is their share. wide: the first four prompts are long."""
 
     count: int = 24
     max_tokens: int = 4
@@ -35,7 +35,7 @@ class Letters(LanguageTask):
     @cached_property
     def _prompts(self):
         rng = np.random.default_rng(7)
-        words = ["".join(rng.choice(list("abcdefgh"), size=(6 if self.wide else 1) + i % 3)) for i in range(self.count)]
+        words = ["".join(rng.choice(list("abcdefgh"), size=(8 if self.wide and i < 4 else 1) + i % 3)) for i in range(self.count)]
         return [Prompt(f"p{i}", text=f"{w}=", row={"index": i, "answer": w[0]}, domain="ab"[i % 2]) for i, w in enumerate(words)]
 
     def split(self, name):
@@ -189,7 +189,7 @@ class Ranking(Objective):
     needs = frozenset({"old", "groups"})
 
     def __call__(self, scores, batch):
-        score = ((scores.logps - batch.old.logps) * batch.acted()).sum(1)
+        score = torch.where(batch.acted(), scores.logps - batch.old.logps, 0.0).sum(1)
         same = batch.groups[:, None] == batch.groups[None]
         better = same & (batch.rewards[:, None] > batch.rewards[None])
         pairs = torch.nn.functional.softplus(score[None] - score[:, None]) * better

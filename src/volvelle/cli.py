@@ -17,6 +17,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from volvelle import cli_language  # noqa: E402
 from volvelle.core import verbs  # noqa: E402
 from volvelle.core.errors import RunStopped, UserError  # noqa: E402
 
@@ -302,6 +303,9 @@ def doctor(as_json: Json = False) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     out.print(table)
+
+
+cli_language.register(app, progress, out)
 
 
 def main() -> None:

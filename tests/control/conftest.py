@@ -1,4 +1,4 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # toys.py, also by name: env:toys:make_counter
+sys.path.insert(0, str(Path(__file__).parent))  # toy_envs.py, also by name: env:toy_envs:make_counter

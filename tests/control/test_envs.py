@@ -3,7 +3,7 @@
 import gymnasium as gym
 import numpy as np
 import pytest
-from toys import Counter, Endless, Faulty, Reach, Target, Zoo
+from toy_envs import Counter, Endless, Faulty, Reach, Target, Zoo
 
 from volvelle.control.encoding import Vocabulary, encoded
 from volvelle.control.envs import Envs, Serial, numbers_for, open_env, probe, time_limit
@@ -217,11 +217,11 @@ def test_an_endless_episode_is_told_once():
 
 def test_names_of_tasks():
     assert coerce(Task, "CartPole-v1", "task") == Gym()
-    assert coerce(Task, "env:toys:make_counter", "task").make().length == 3
-    assert coerce(Task, "env:toys:Counter", "task").make().length == 3
-    changed = coerce(Task, "env:toys:make_counter", "task").override("make_env.length=5")
+    assert coerce(Task, "env:toy_envs:make_counter", "task").make().length == 3
+    assert coerce(Task, "env:toy_envs:Counter", "task").make().length == 3
+    changed = coerce(Task, "env:toy_envs:make_counter", "task").override("make_env.length=5")
     assert changed.make().length == 5 and changed.label() == "make_counter"
-    for text, says in (("CartPole-v9", "version `v9`"), ("CartPol-v1", "did you mean CartPole-v1"), ("Taxi-v3", "Taxi-v4"), ("env:toys", "expected env:module:function")):
+    for text, says in (("CartPole-v9", "version `v9`"), ("CartPol-v1", "did you mean CartPole-v1"), ("Taxi-v3", "Taxi-v4"), ("env:toy_envs", "expected env:module:function")):
         with pytest.raises(UserError, match=says) as error:
             coerce(Task, text, "task")
         assert "\n" not in str(error.value)

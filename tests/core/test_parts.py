@@ -266,7 +266,7 @@ def recipe_classes():
     return sorted({type(m.recipe) for m in registry.methods.values()} | {Tart}, key=lambda c: c.__qualname__)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.data())
 def test_any_recipe_round_trips_through_yaml(data):
     cls = data.draw(st.sampled_from(recipe_classes()))
@@ -295,7 +295,7 @@ def leaves(value, path=""):
                 yield from leaves(item, f"{here}.{key}")
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.data())
 def test_overrides_rebuild_any_recipe_in_any_order(data):
     """Typing every field of a recipe as an override gives that recipe, whatever the order of the words."""

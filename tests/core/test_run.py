@@ -7,6 +7,7 @@ import pytest
 import torch
 import toys
 import yaml
+from helpers import python
 
 import volvelle
 from volvelle import cli
@@ -146,13 +147,32 @@ def evil(tmp_path, monkeypatch):
 def test_a_configuration_that_names_foreign_code_imports_nothing(tmp_path, evil, shape):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(foreign(shape)))
-    for allowed in ((), ("toys",), ("toy",)):
+    for allowed in ((), ("toys",)):
         with pytest.raises(UserError, match="--allow-code toy_evil"):
             read_config(path, allowed)
     assert not evil.exists() and "toy_evil" not in sys.modules
     if shape != "term":
         assert read_config(path, ("toy_evil",)).recipe.reward.name == "toy_evil:boom"
         assert evil.exists()
+
+
+@pytest.mark.slow
+def test_parts_of_ones_own_module_are_found_again_with_allow_code(tmp_path):
+    """In a fresh process, where nothing but the configuration names them."""
+    made = volvelle.train(grpo(reward="toy-window"), "tree", folder=tmp_path / "run", steps=1, overrides=SMALL)
+    code = """
+import sys, volvelle
+try:
+    volvelle.train(resume=sys.argv[1])
+except volvelle.UserError as error:
+    print(error)
+print(volvelle.train(resume=sys.argv[1], allow_code=["toys"], steps=2).result["steps"])
+"""
+    done = python(code, made.folder)
+    refused, steps = done.stdout.splitlines() or [done.stderr, ""]
+    assert "unknown reward part 'toy-window'" in refused and steps == "2"
+    with pytest.raises(UserError, match="allow_code=toyz: no module named 'toyz'"):
+        read_config(made.folder, ("toyz",))
 
 
 def test_after_reading_a_configuration_code_may_be_named_again(tmp_path, evil):
@@ -203,6 +223,19 @@ def test_a_function_of_a_module_is_resumed_with_allow_code(tmp_path, monkeypatch
     assert code == 2 and "--allow-code toys" in err and err.count("\n") == 1
     code, _, err = command(monkeypatch, capsys, "train", "--resume", made.folder, "--steps", 3, "--allow-code", "toys")
     assert code == 0, err
+
+
+def test_a_run_can_be_looked_at_without_its_functions(tmp_path, monkeypatch, capsys, evil):
+    """A report imports nothing and needs no permission; also at the end of training on the command line."""
+    code, out, err = command(monkeypatch, capsys, "train", "grpo", *SMALL, "reward=toy_evil:boom", "--task", "tree", "--steps", 1, "--out", tmp_path / "a")
+    assert code == 0 and "report:" in out, err
+    volvelle.train(grpo(advantage=lambda batch: batch.rewards), "tree", folder=tmp_path / "b", steps=1, overrides=SMALL)
+    sys.modules.pop("toy_evil")
+    evil.unlink()
+    for name in "ab":
+        (tmp_path / name / "report.html").unlink(missing_ok=True)
+        assert volvelle.report(tmp_path / name).is_file()
+    assert not evil.exists() and "toy_evil" not in sys.modules
 
 
 # ------------------------------------------------------------------------------------------------------------------ devices

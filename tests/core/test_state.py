@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import SOURCE
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from volvelle.core.errors import UserError
@@ -59,6 +59,7 @@ states = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.lis
                       max_leaves=12)
 
 
+@settings(max_examples=60)
 @given(st.dictionaries(keys, states, max_size=4))
 def test_any_state_comes_back_bit_for_bit(tmp_path_factory, state):
     folder = tmp_path_factory.mktemp("state")

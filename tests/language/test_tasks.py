@@ -23,7 +23,7 @@ from volvelle.language.tasks.text import CountdownText, TextTask, expressions
 
 SPLITS = ("train", "validation", "test")
 SMALL = {"train": 12, "validation": 4, "test": 6}
-TEXT = ["digit-sum", "sort-digits", "reverse", "modular", "countdown-text"]
+TEXT = ["digit-sum", "sort-digits", "reverse", "modular", "countdown-text", "pause"]
 SIX = ["gcd", "chain_sum", "letter_counting", "countdown", "sudoku", "graph_color"]
 
 
@@ -52,7 +52,7 @@ def presets() -> list[str]:
 
 @pytest.mark.parametrize("name", [*presets(), *TEXT])
 def test_splits_never_overlap_and_solutions_are_right(name):
-    found = task(name)
+    found = task(name, *(["right_short=1", "right_long=1"] if name == "pause" else []))  # which else teaches slips on purpose
     assert disjoint(found)
     rng = np.random.default_rng(0)
     ids = [p.id for split in SPLITS for p in found.split(split)]
@@ -76,15 +76,22 @@ def test_data_seed_decides_the_questions(name):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_larger_train_split_moves_no_test_question():
-    assert [p.text for p in task("chain-sum-medium", train=100).split("test")] == [p.text for p in task("chain-sum-medium", train=300).split("test")]
+def test_splits_are_alike_where_questions_repeat():
+    """Of the 400 gcd questions up to 20 the generator draws some far more often; each split must hold its share of them (cut off in
+    order, coprime pairs are 69 % of train and 28 % of test). The bound is four standard deviations of a random split."""
+    made = task("gcd-easy")
+    shares = {s: [p.row["answer"] == "1" for p in made.split(s)] for s in ("train", "test")}
+    everyone = shares["train"] + shares["test"]
+    p = sum(everyone) / len(everyone)
+    spread = (p * (1 - p) * (1 / len(shares["train"]) + 1 / len(shares["test"]))) ** 0.5
+    assert abs(sum(shares["train"]) / len(shares["train"]) - sum(shares["test"]) / len(shares["test"])) < 4 * spread
 
 
 def test_unknown_split_and_empty_split():
     for name in ("digit-sum", "gcd-easy", "tree"):
-        assert "accepted: test, train, validation" in message(lambda: task(name).split("dev"))
+        assert "accepted: test, train, validation" in message(lambda name=name: task(name).split("dev"))
     for name in ("digit-sum", "gcd-easy"):
-        assert "validation split is empty" in message(lambda: task(name, validation=0).split("validation"))
+        assert "validation split is empty" in message(lambda name=name: task(name, validation=0).split("validation"))
 
 
 # -------------------------------------------------------------------------------------------------------------------- reasoning-gym
@@ -148,7 +155,6 @@ def test_a_small_space_says_how_many_questions_there_are():
     found = task("rg:count_bits", "config.max_n=15", shots=2, train=20, validation=3, test=4)
     assert "only 15 distinct questions" in message(lambda: found.split("train")) and "train=6 would fit" in message(lambda: found.split("train"))
     assert len(found.replace(train=6).split("train")) == 6
-    assert len(found.split("test")) == 4  # what fits is not refused
 
 
 def test_splits_are_lazy():
@@ -227,7 +233,7 @@ def test_no_dataset_depends_on_the_process():
 
 # ------------------------------------------------------------------------------------------------------------------ character tasks
 
-@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("name", [n for n in TEXT if n != "pause"])
 def test_character_tasks_are_short_and_writable(name):
     found, rng = task(name), np.random.default_rng(0)
     for prompt in found.split("train"):
@@ -238,7 +244,7 @@ def test_character_tasks_are_short_and_writable(name):
         assert found.score(prompt, found.right(prompt.row["question"])) == 1.0
 
 
-@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("name", [n for n in TEXT if n != "pause"])
 def test_noise_is_the_share_of_wrong_demonstrations(name):
     found, rng = task(name, noise=0.3), np.random.default_rng(1)
     prompts = found.split("train")

@@ -5,6 +5,7 @@ Blocks are [S, T, N, ...] (seeds, time, environments). NumPy writes, torch reads
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -38,11 +39,22 @@ def observation_fields(spec: Spec, prefix: str) -> Fields:
 
 
 class Blocks:
-    """Named blocks [S, T, N, ...] and the observations among them as one value."""
+    """Named blocks [S, T, N, ...] and the observations among them as one value.
 
-    def __init__(self, seeds: int, steps: int, count: int, fields: Fields):
+    packed: the float32 fields lie side by side in one block, so that a sampled batch gathers them at once; each field is a view of it.
+    """
+
+    def __init__(self, seeds: int, steps: int, count: int, fields: Fields, packed: bool = False):
         self.seeds, self.steps, self.count = seeds, steps, count
-        self.tensors = {k: torch.zeros(seeds, steps, count, *shape, dtype=TORCH[str(np.dtype(dtype))]) for k, (shape, dtype) in fields.items()}
+        self.columns: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+        for k, (shape, dtype) in fields.items() if packed else ():
+            if np.dtype(dtype) == np.float32:
+                start = max((stop for _, stop, _ in self.columns.values()), default=0)
+                self.columns[k] = (start, start + math.prod(shape), tuple(shape))
+        width = max((stop for _, stop, _ in self.columns.values()), default=0)
+        self.pack = torch.zeros(seeds, steps, count, width)
+        self.tensors = {k: self._column(self.pack, k) if k in self.columns else torch.zeros(seeds, steps, count, *shape, dtype=TORCH[str(np.dtype(dtype))])
+                        for k, (shape, dtype) in fields.items()}
         self.arrays = {k: t.numpy() for k, t in self.tensors.items()}
         self.parts = {k: [f for f in fields if f.startswith(f"{k}/")] for k in {f.partition("/")[0] for f in fields if "/" in f}}
 
@@ -53,6 +65,20 @@ class Blocks:
                 self.arrays[f"{name}/{k}"][:, t] = v
         else:
             self.arrays[name][:, t] = value
+
+    def _column(self, pack: Tensor, name: str) -> Tensor:
+        start, stop, shape = self.columns[name]
+        return pack[..., start] if not shape else pack[..., start:stop].unflatten(-1, shape) if len(shape) > 1 else pack[..., start:stop]
+
+    def gather(self, rows: Tensor) -> dict[str, Any]:
+        """All fields of the rows [S, B] (seed, time and environment in one number), observations as one value."""
+        flat, shape = rows.view(-1), rows.shape
+        pack = torch.index_select(self.pack.view(-1, self.pack.shape[-1]), 0, flat).view(*shape, -1)
+        found = {k: self._column(pack, k) if k in self.columns else torch.index_select(t.view(-1, *t.shape[3:]), 0, flat).view(*shape, *t.shape[3:])
+                 for k, t in self.tensors.items()}
+        for name, parts in self.parts.items():
+            found[name] = {f.partition("/")[2]: found.pop(f) for f in parts}
+        return found
 
     def read(self, name: str, function=lambda x: x) -> Any:
         """A field as a tensor, or an observation as a dict of tensors; `function` is applied to each."""
@@ -96,13 +122,16 @@ class Replay:
     obs, actions, rewards (n-step sums), next_obs, discounts (gamma^m, 0 after a termination), the extra fields, `rows` (where they stand).
     """
 
+    wants_errors = False
+
     def __init__(self, part: ReplayPart, seeds: int, count: int, gamma: float, spec: Spec, extra: Fields, rng: Streams):
         self.part, self.gamma, self.rng = part, gamma, rng
         self.length = part.capacity // count
         actions = spec.actions
         fields: Fields = {**observation_fields(spec, "obs"), "actions": (actions.shape, actions.dtype), "rewards": ((), np.float32),
-                          "terminated": ((), bool), "ended": ((), bool), **observation_fields(spec, "next_obs"), **extra}
-        self.blocks, self.extra = Blocks(seeds, self.length, count, fields), tuple(extra)
+                          "terminated": ((), np.float32), "ended": ((), np.float32), **observation_fields(spec, "next_obs"), **extra}
+        self.blocks = Blocks(seeds, self.length, count, fields, packed=True)
+        self.starts = np.arange(seeds)[:, None] * (self.length * count)  # of every seed's rows among all
         self.seeds, self.count = seeds, count
         self.added = 0        # time steps written in all
         self.saved = 0        # of these, how many are on disk
@@ -138,22 +167,15 @@ class Replay:
 
     def sample(self, step: int = 0) -> dict[str, Any]:
         rows, weights = self.draw(step)
-        place = torch.from_numpy(rows + np.arange(self.seeds)[:, None] * (self.length * self.count))
-        flat = place.view(-1)
-
-        def take(tensor: Tensor, where: Tensor = flat) -> Tensor:
-            found = torch.index_select(tensor.view(-1, *tensor.shape[3:]), 0, where)
-            return found.view(self.seeds, -1, *tensor.shape[3:])
-
-        read = self.blocks.read
-        batch = {"obs": read("obs", take), "actions": read("actions", take), **{k: read(k, take) for k in self.extra}}
+        place = torch.from_numpy(rows + self.starts)
+        batch = self.blocks.gather(place)
         if self.part.n_step == 1:
-            batch["rewards"], batch["next_obs"] = read("rewards", take), read("next_obs", take)
-            batch["discounts"] = self.gamma * (~read("terminated", take)).float()
+            batch["discounts"] = torch.rsub(batch.pop("terminated") * self.gamma, self.gamma)
         else:
             batch["rewards"], batch["discounts"], last = self._n_step(rows)
-            final = (last + torch.arange(self.seeds)[:, None] * (self.length * self.count)).view(-1)
-            batch["next_obs"] = read("next_obs", lambda tensor: take(tensor, final))
+            batch["next_obs"] = self.blocks.gather(last + torch.from_numpy(self.starts))["next_obs"]
+            del batch["terminated"]
+        del batch["ended"]
         batch["rows"] = place
         if weights is not None:
             batch["weights"] = torch.from_numpy(weights)
@@ -165,14 +187,15 @@ class Replay:
         window = (rows[..., None] + ahead * self.count) % ring                                  # [S, B, n]
         newest = (self.added - 1) % self.length
         left = (newest - rows // self.count) % self.length                                      # steps after this row
-        seed = np.arange(self.seeds)[:, None, None]
-        arrays = {k: self.blocks.arrays[k].reshape(self.seeds, ring)[seed, window] for k in ("rewards", "terminated", "ended")}
-        ended = arrays["ended"] | (ahead >= left[..., None])
-        total, discount, last = n_step(torch.from_numpy(arrays["rewards"]), torch.from_numpy(arrays["terminated"]), torch.from_numpy(ended), self.gamma)
+        steps = window.reshape(self.seeds, -1) + self.starts
+        pack = torch.index_select(self.blocks.pack.view(-1, self.blocks.pack.shape[-1]), 0, torch.from_numpy(steps).view(-1)).view(*window.shape, -1)
+        rewards, terminated, ended = (self.blocks._column(pack, k) for k in ("rewards", "terminated", "ended"))
+        ended = (ended > 0) | torch.from_numpy(ahead >= left[..., None])
+        total, discount, last = n_step(rewards, terminated > 0, ended, self.gamma)
         return total, discount, torch.gather(torch.from_numpy(window), -1, last.unsqueeze(-1)).squeeze(-1)
 
     def learnt(self, batch: dict[str, Any], errors: Tensor) -> None:
-        """Tell the buffer the absolute errors [S, B] of a batch it gave; uniform replay does not care."""
+        """Tell the buffer the absolute errors [S, B] of a batch it gave (where `wants_errors`)."""
 
     # ---- checkpoints: rows since the last one go to a segment file of their own; a checkpoint only lists its segments
 
@@ -233,6 +256,8 @@ class Prioritised(ReplayPart):
 
 
 class PrioritisedReplay(Replay):
+    wants_errors = True
+
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.tree = SumTree(self.seeds, self.length * self.count)
@@ -252,7 +277,7 @@ class PrioritisedReplay(Replay):
         return rows, (weights / weights.max(1, keepdims=True)).astype(np.float32)
 
     def learnt(self, batch, errors):
-        rows = batch["rows"].numpy() - np.arange(self.seeds)[:, None] * (self.length * self.count)
+        rows = batch["rows"].numpy() - self.starts
         sizes = errors.detach().cpu().double().abs().numpy() + self.part.eps
         self.largest = np.maximum(self.largest, sizes.max(1))
         self.tree.set(rows, sizes**self.part.alpha)

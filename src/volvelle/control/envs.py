@@ -146,6 +146,7 @@ class Serial(SyncVectorEnv):
         finals, seen = None, []
         for i, (env, action) in enumerate(zip(self.envs, actions)):
             if self.resting[i]:
+                rewards[i], terminated[i], truncated[i] = 0.0, False, False
                 continue
             self.at = i
             observation, rewards[i], over, cut, info = env.step(action)
@@ -266,6 +267,11 @@ class Envs:
     def _strange(self, what: str, value: float, row: int) -> RunStopped:
         return RunStopped(f"environment {self.task.label()}: returned {what} of {value} (copy {row % self.count} of seed {row // self.count}, "
                           f"step {int(self.lengths[row]) + 1} of its episode)", intact=True)
+
+    def rest(self, rows: np.ndarray | None = None) -> None:
+        """Leave these rows ([rows] bool; None: no row) alone until told otherwise. Worker processes step them anyway."""
+        if isinstance(self.base, Serial):
+            self.base.resting = [False] * self.rows if rows is None else rows.tolist()
 
     def pull(self) -> tuple[dict[str, float], list[list[float]]]:
         """Metrics of the episodes that ended since the last call, and their returns per seed."""

@@ -18,6 +18,10 @@ from .heads import Distribution
 from .networks import reset
 
 
+# what torch.optim's fused Adam and AdamW call themselves; without them, the optimisers are used as they are
+_FUSED = {kind: getattr(torch, name) for kind, name in ((torch.optim.Adam, "_fused_adam_"), (torch.optim.AdamW, "_fused_adamw_")) if hasattr(torch, name)}
+
+
 class Streams:
     """Random numbers of S seeds, `first` ... `first + S - 1`: each seed draws what it would draw in a run of its own.
 
@@ -81,6 +85,12 @@ class Stacked(Trainable):
             p.grad = self.flat.grad[piece].view(p.shape)
             self._grads.append(p.grad.view(seeds, -1))
         self.optimiser = optimiser.build([self.flat])
+        self._ones = torch.ones(seeds, device=self.flat.device)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss per seed [S] (their sum: seeds share nothing), or of one number."""
+        if loss.requires_grad:
+            loss.backward(self._ones if loss.ndim else None)
 
     def step(self, scale: float = 1.0) -> float:
         """Clip, move the parameters with `scale` times the learning rate, clear. Returns the largest norm among the seeds."""
@@ -101,12 +111,24 @@ class Stacked(Trainable):
             self.flat.grad.zero_()
             raise RunStopped(f"the gradient norm of {self.name}{which} is {norm}")
         rise = min(1.0, (self.steps + 1) / self.part.warmup) if self.part.warmup else 1.0
-        for group in self.optimiser.param_groups:
-            group["lr"] = at(self.part.lr, self.steps) * rise * scale
-        self.optimiser.step()
+        self._move(at(self.part.lr, self.steps) * rise * scale)
         self.flat.grad.zero_()
         self.steps += 1
         return norm
+
+    @torch.no_grad()
+    def _move(self, lr: float) -> None:
+        """The optimiser's step. Adam's, once its state exists, is called without the optimiser's bookkeeping, which costs more than the step."""
+        optimiser, group = self.optimiser, self.optimiser.param_groups[0]
+        group["lr"] = lr
+        state = optimiser.state.get(self.flat)
+        kind = _FUSED.get(type(optimiser))
+        if not state or kind is None:
+            optimiser.step()
+            return
+        state["step"] += 1
+        kind([self.flat], [self.flat.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], lr=lr, beta1=group["betas"][0],
+             beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False)
 
     def reset_optimiser(self) -> None:
         self.optimiser, self.steps = self.part.build([self.flat]), 0

@@ -32,7 +32,7 @@ class Arm:
 class Claim:
     """What a paper says, as arms to run and expectations to hold.
 
-    says: the claim in words; arms: name -> Recipe (or Arm, or function seed -> RunConfig); task, model, steps: shared by all arms;
+    says: the claim in words; arms: name -> Recipe (or Arm); task, model, steps: shared by all arms;
     expects: such as "ngrpo > grpo on pass@1", all of which must hold; seeds: how many, paired; equal: what the arms share ("samples",
     "steps", "environment steps"); minutes: of the whole claim on 2 CPU cores; prepare: a recipe run once per seed whose products every arm
     takes (`take`: field of the run configuration -> product); quick: smaller numbers for the tests; paper: the paper's own setting.
@@ -81,7 +81,7 @@ class Claim:
         model = coerce(Model | None, made.model if made.model is not None else self.model, "model")
         if model is None and task is not None and getattr(task, "default_model", None) is not None:
             model = coerce(Model, task.default_model, "model")
-        return RunConfig(recipe=made.recipe, task=task, model=model, method=arm, steps=made.steps or self.steps, **self.run)
+        return RunConfig(recipe=made.recipe, task=task, model=model, method=arm, steps=self.steps if made.steps is None else made.steps, **self.run)
 
 
 @dataclass

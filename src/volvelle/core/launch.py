@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 
 from .errors import RunStopped, UserError, unknown
-from .files import read_json
-from .parts import annotations_of, from_config
+from .files import read_json, read_yaml
+from .parts import annotations_of, from_config, walk
 from .registry import registry
 from .run import RunConfig, config_data, read_config, unportable
 from .trainer import train_config
@@ -37,15 +38,11 @@ def finished(job: Job) -> dict | None:
     """The result of a job that an earlier call has completed. UserError if the folder holds a different run."""
     if not (job.folder / "config.yaml").is_file():
         return None
-    if config_data(read_config(job.folder, allow_code=_Everything())) != config_data(job.config):
+    wanted = config_data(job.config)
+    if read_yaml(job.folder / "config.yaml") != wanted and config_data(read_config(job.folder, look=True)) != wanted:
         raise UserError(f"{job.folder}: holds a run with another configuration; name another folder, or delete it")
     done = job.folder / "result.json"
     return read_json(done) if done.is_file() else None
-
-
-class _Everything(tuple):
-    def __contains__(self, item) -> bool:
-        return True
 
 
 def execute(job: Job, threads: int | None = None, progress: Callable | None = None) -> dict:
@@ -56,11 +53,13 @@ def execute(job: Job, threads: int | None = None, progress: Callable | None = No
     return found if found is not None else train_config(job.config, job.folder, (job.folder / "config.yaml").is_file(), progress).result
 
 
-def _run_in_process(data: tuple[str, dict, str, tuple[str, ...]], threads: int) -> dict:
+def _run_in_process(data: tuple[str, dict, str, tuple[str, ...], tuple[str, ...]], threads: int) -> dict:
     """The same from plain data, for a fresh process."""
-    name, config, folder, paths = data
+    name, config, folder, paths, modules = data
     sys.path[:0] = [p for p in paths if p not in sys.path]
     registry.load()
+    for module in modules:
+        importlib.import_module(module)
     hints = annotations_of(RunConfig)
     return execute(Job(name, RunConfig(**{k: from_config(hints[k], v, k) for k, v in config.items()}), Path(folder)), threads)
 
@@ -79,8 +78,12 @@ def run_jobs(jobs: list[Job], backend: str = "local", workers: int = 1, progress
         return
     if odd := [name for job in jobs for name in unportable(job.config)]:
         raise UserError(f"function {odd[0]!r} exists only inside this program and cannot be sent to other processes; use workers=1")
+    homes = [sorted({type(p).__module__ for _, p in walk(job.config)}) for job in jobs]
+    if any("__main__" in modules for modules in homes):
+        raise UserError("a part that is defined in the running program cannot be sent to other processes; put it into a module, or use workers=1")
     threads = max(1, (os.cpu_count() or 1) // max(workers, 1))
-    data = [(job.name, config_data(job.config), str(job.folder.resolve()), tuple(p for p in sys.path if p)) for job in jobs]
+    data = [(job.name, config_data(job.config), str(job.folder.resolve()), tuple(p for p in sys.path if p), tuple(modules))
+            for job, modules in zip(jobs, homes)]
     yield from (_local if backend == "local" else _ray)(jobs, data, workers, threads)
 
 

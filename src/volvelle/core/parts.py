@@ -27,8 +27,9 @@ from .registry import Method, registry
 
 NEEDS = frozenset({"old", "behaviour", "reference", "entropy", "mean_logp", "values", "groups", "advantages", "binary_rewards",
                    "stepwise", "support", "images", "scalar_head"})
-permitted: ContextVar[Callable[[str, str], None]] = ContextVar("permitted", default=lambda module, target: None)
-"""Called with (module, target) before a function is imported by name; raises where that is not allowed (see run.read_config)."""
+permitted: ContextVar[Callable[[str, str], None] | None] = ContextVar("permitted", default=lambda module, target: None)
+"""Called with (module, target) before a function is imported by name; raises where that is not allowed. None while a configuration is only looked
+at: functions then stay names (see run.read_config)."""
 
 
 class Part:
@@ -300,6 +301,8 @@ class Call(Part):
 
     def bound(self, slot: type[Part]) -> "Call":
         """Check the function's parameters against the slot's signature and its keywords against its annotations."""
+        if permitted.get() is None:
+            return Call(self.target, self.kwargs, slot)
         try:
             parameters = inspect.signature(self.function).parameters
         except ValueError:
@@ -357,6 +360,8 @@ def from_config(annotation: Any, data: Any, path: str = "") -> Any:
     if slots and isinstance(data, Mapping):
         data = dict(data)
         if "call" in data:
+            if data.get("unportable") and permitted.get() is None:
+                data = {"call": data["call"]}
             if data.get("unportable"):
                 raise UserError(f"{path}: the function {data['call']!r} was defined inside a program and cannot be found again; "
                                 "resume from that program with train(recipe, resume=path)")

@@ -59,10 +59,10 @@ class Registry:
                     for child in pkgutil.iter_modules(getattr(module, "__path__", ())):
                         importlib.import_module(f"{entry.module}.{child.name}")
                 except ModuleNotFoundError as error:
-                    if not (error.name or "").startswith(entry.module):
+                    if (error.name or "").split(".")[0] != entry.module.split(".")[0]:
                         raise UserError(f"entry point {group}:{entry.name} needs the package {error.name!r}, "
                                         "which is not installed") from error
-                    raise UserError(f"entry point {group}:{entry.name} names {entry.module!r}, which does not exist") from error
+                    raise UserError(f"entry point {group}:{entry.name}: the module {error.name!r} does not exist") from error
 
     def add_part(self, slot: type, name: str, value: Any) -> None:
         table = self.parts.setdefault(slot, {})

@@ -54,6 +54,22 @@ def write_report(path: str | os.PathLike, title: str, arms: Sequence[ArmData], *
     return write_text(path, render_report(title, arms, **what))
 
 
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: text above, charts (SVG from core.plots), tables (column names, rows whose first cell is the row's name), note below."""
+
+    heading: str
+    text: str = ""
+    charts: Sequence[str] = ()
+    tables: Sequence[tuple[Sequence[str], Sequence[Sequence[object]]]] = ()
+    note: str = ""
+
+
+def write_page(path: str | os.PathLike, title: str, sections: Sequence[Section], *, says: str | None = None, setting: Mapping[str, object] | None = None) -> Path:
+    """A self-contained page of sections in the style of the reports, for studies that are no comparison of seeds. Returns the path."""
+    return write_text(path, _template("page.html.j2").render(title=title, says=says, setting=setting or {}, sections=sections, arms=[title]))
+
+
 def render_report(
     title: str,
     arms: Sequence[ArmData],
@@ -111,7 +127,7 @@ def render_report(
 # --- parts of the page ------------------------------------------------------------------------------------------------
 
 
-def _template():
+def _template(name: str = "report.html.j2"):
     env = Environment(
         loader=PackageLoader("volvelle.core", "templates"),
         autoescape=True,
@@ -120,7 +136,8 @@ def _template():
         lstrip_blocks=True,
         finalize=lambda v: v if isinstance(v, Markup) else _visible(str(v)),
     )
-    return env.get_template("report.html.j2")
+    env.filters["chart"] = Markup
+    return env.get_template(name)
 
 
 def _visible(text: str) -> str:

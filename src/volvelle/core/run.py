@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import platform
 import subprocess
@@ -59,11 +60,12 @@ class RunConfig(Part):
         return "-".join(w for w in (self.method or self.recipe.part_name, task) if w).replace("/", "-").replace(":", "-")
 
 
-def read_config(path: str | Path, allow_code: tuple[str, ...] = ()) -> RunConfig:
+def read_config(path: str | Path, allow_code: tuple[str, ...] = (), look: bool = False) -> RunConfig:
     """The configuration of a run folder (or of a YAML file).
 
     A configuration that names code outside volvelle and its entry points is refused unless its module is in `allow_code`:
-    reading it would import that code.
+    reading it would import that code. The modules in `allow_code` are imported first, so that the parts they register are known.
+    look: only to be looked at (a report, a comparison of configurations); no function is imported, so none is refused, and none can be called.
     """
     path = Path(path)
     file = path / "config.yaml" if path.is_dir() else path
@@ -73,6 +75,11 @@ def read_config(path: str | Path, allow_code: tuple[str, ...] = ()) -> RunConfig
     if not isinstance(data, dict) or "recipe" not in data:
         raise UserError(f"{file}: not a run configuration (no 'recipe')")
     registry.load()
+    for module in allow_code:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise UserError(f"allow_code={module}: no module named {error.name!r}") from error
 
     def guard(module: str, target: str) -> None:
         if module.split(".")[0] not in registry.trusted and module not in allow_code:
@@ -81,7 +88,7 @@ def read_config(path: str | Path, allow_code: tuple[str, ...] = ()) -> RunConfig
     hints = annotations_of(RunConfig)
     if strange := set(data) - set(hints):
         raise unknown("field", sorted(strange)[0], hints, f" in {file}")
-    token = permitted.set(guard)
+    token = permitted.set(None if look else guard)
     try:
         return RunConfig(**{k: from_config(hints[k], v, k) for k, v in data.items()})
     finally:

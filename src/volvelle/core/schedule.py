@@ -51,6 +51,18 @@ class Cosine(Schedule):
         return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * phase))
 
 
+@part("exponential")
+class Exponential(Schedule):
+    """`start` times `rate` to the power of the step, never below `floor`."""
+
+    start: float = 1.0
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.99
+    floor: float = 0.0
+
+    def at(self, step):
+        return max(self.start * self.rate**step, self.floor)
+
+
 @part("table")
 class Table(Schedule):
     """Piecewise constant: `values[i]` from step `steps[i]` on; `steps` starts at 0 and rises."""

@@ -210,7 +210,7 @@ def report(folder: str | Path, allow_code: Sequence[str] = ()) -> Path:
     arms, results = {}, {}
     for path in found:
         arm = path.parent.parent.name
-        arms.setdefault(arm, read_config(path.parent, tuple(allow_code)))
+        arms.setdefault(arm, read_config(path.parent, tuple(allow_code), look=True))
         results.setdefault(arm, {})[int(path.parent.name.removeprefix("seed-"))] = read_json(path)
     arms.pop("prepare", None)
     seeds = sorted(set.intersection(*(set(results[a]) for a in arms)))
@@ -224,7 +224,7 @@ class _SingleRun(Comparison):
     """One run as a comparison of one arm, for its report."""
 
     def __init__(self, folder: Path, allow_code=()):
-        config = read_config(folder, tuple(allow_code))
+        config = read_config(folder, tuple(allow_code), look=True)
         done = folder / "result.json"
         rows = read_lines(folder / "metrics.jsonl")
         last = {k.removeprefix("eval/"): v for row in rows for k, v in row.items() if k.startswith("eval/")}

@@ -25,10 +25,16 @@ def group_index(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return index, count
 
 
+def group_low(values: torch.Tensor, index: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """[K]: the smallest value of each group."""
+    return torch.full((len(count),), torch.inf, dtype=values.dtype, device=values.device).scatter_reduce(0, index, values, "amin")
+
+
 def group_mean(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """[N]: the mean of `values` over each row's group."""
+    """[N]: the mean of `values` over each row's group; exactly their common value where all are equal."""
     index, count = group_index(groups)
-    return (torch.zeros(len(count), dtype=values.dtype, device=values.device).index_add(0, index, values) / count)[index]
+    low = group_low(values, index, count)
+    return (low + torch.zeros_like(low).index_add(0, index, values - low[index]) / count)[index]
 
 
 def group_std(values: torch.Tensor, groups: torch.Tensor, ddof: int = 1) -> torch.Tensor:
@@ -111,7 +117,7 @@ def token_rewards(batch: Batch, mask: torch.Tensor) -> torch.Tensor:
 
 def outcome(batch: Batch) -> torch.Tensor:
     """[N]: the reward of each response, token rewards (a KL penalty) summed in."""
-    return batch.rewards if batch.token_rewards is None else batch.rewards + batch.token_rewards.sum(1)
+    return batch.rewards if batch.token_rewards is None else batch.rewards + torch.where(batch.mask, batch.token_rewards, 0.0).sum(1)
 
 
 def span(batch: Batch, over: str) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import torch
 
@@ -39,6 +41,8 @@ def make_batch(policy, rollouts: list[Rollout], step: int, device="cpu") -> Batc
         elif all(isinstance(v, (bool, int, float)) for v in column):
             meta[key] = torch.tensor([float(v) for v in column])
     meta["length"] = torch.tensor([float(len(r.ids)) for r in rollouts])
+    size = Counter(r.group for r in rollouts)
+    meta["group_size"] = torch.tensor([float(size[r.group]) for r in rollouts])
     entropy = block([r.entropy for r in rollouts], torch.float32) if all(r.entropy is not None for r in rollouts) else None
     batch = Batch(
         prompt_ids=prompt_ids, prompt_mask=prompt_mask, prompt_of=torch.tensor(prompt_of), ids=block([r.ids for r in rollouts], torch.long),

@@ -12,7 +12,7 @@ from volvelle.core.parts import Part, part
 from volvelle.core.schedule import Schedule, at
 from volvelle.core.trainable import AdamW, Optimiser
 
-from .advantages import group_index, group_mean
+from .advantages import group_index, group_low, group_mean
 from .batching import split
 from .objectives import Aggregation, aggregate
 from .records import POLICY, Batch
@@ -27,9 +27,7 @@ Count = Annotated[int, Field(gt=0)]
 def homogeneous(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """[N] bool: the row's group has one value throughout (groups of one row do not count as homogeneous)."""
     index, count = group_index(groups)
-    low = torch.full((len(count),), torch.inf, device=values.device).scatter_reduce(0, index, values, "amin")
-    high = torch.full((len(count),), -torch.inf, device=values.device).scatter_reduce(0, index, values, "amax")
-    return ((low == high) & (count > 1))[index]
+    return ((group_low(values, index, count) == -group_low(-values, index, count)) & (count > 1))[index]
 
 
 @part("drop")
@@ -136,8 +134,8 @@ class LiveKL:
 
     def penalty(self, batch: Batch) -> torch.Tensor:
         """[N, T] to add to the token rewards."""
-        kl = kl_estimate(batch.old.logps, batch.reference.logps, self.part.estimator) * batch.acted((POLICY,))
-        return -self.coefficient(batch.step) * kl
+        kl = kl_estimate(batch.old.logps, batch.reference.logps, self.part.estimator)
+        return -self.coefficient(batch.step) * torch.where(batch.acted((POLICY,)), kl, 0.0)
 
     def loss(self, scores, batch: Batch) -> torch.Tensor:
         return self.coefficient(batch.step) * kl_estimate(scores.logps, batch.reference.logps, self.part.estimator)
@@ -145,7 +143,8 @@ class LiveKL:
     def update(self, batch: Batch) -> None:
         if self.adaptive:
             mask = batch.acted((POLICY,))
-            self.adaptive.observe(float(((batch.old.logps - batch.reference.logps) * mask).sum(1).mean()), len(batch))
+            kl = torch.where(mask, batch.old.logps - batch.reference.logps, 0.0)
+            self.adaptive.observe(float(kl.sum(1).mean()), len(batch))
 
 
 # ------------------------------------------------------------------------------------------------------------------- critic

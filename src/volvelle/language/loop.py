@@ -6,6 +6,7 @@ draw, sample, score, total, batch, passes, credit, improve, update.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import defaultdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from volvelle.core.errors import RunStopped, UserError
 from volvelle.core.statistics import mean_interval, pass_at_k
 
 from .batching import make_batch, minibatches, split
+from .fittings import Coefficient
 from .objectives import aggregate
 from .recipe import LanguageRecipe
 from .records import POLICY, Batch, Prompt, Rollout, Scores
@@ -55,10 +57,12 @@ class LanguageLearner:
         self.advantage = run.start("advantage", recipe.advantage)
         self.losses = {name: run.start("objective" if name == "objective" else f"terms.{name}", o) for name, o in recipe.losses().items()}
         self.temperature = recipe.sampler.temperature or 1.0
+        self.cap = getattr(getattr(self.sampler, "sampling", None), "max_tokens", None)
         self.size = self.policy.parameters
-        updates, kl_in_reward = recipe.updates, recipe.kl is not None and recipe.kl.place == "reward"
+        updates, kl = recipe.updates, recipe.kl
+        kl_sees_old = kl is not None and (kl.place == "reward" or isinstance(kl.coefficient, Coefficient))
         # With one update per batch the policy that is updated *is* the old policy: its log-probs come with the loss's own pass.
-        self.one_update = updates.epochs == 1 and updates.minibatch is None and not kl_in_reward and "old" not in recipe.sampling_needs
+        self.one_update = updates.epochs == 1 and updates.minibatch is None and not kl_sees_old and "old" not in recipe.sampling_needs
 
     # ---------------------------------------------------------------------------------------------------------------- the step
 
@@ -71,7 +75,7 @@ class LanguageLearner:
         self.credit(batch)
         metrics |= self.improve(batch)
         self.update(batch)
-        return metrics
+        return metrics | self.reports()
 
     def collect(self) -> tuple[list[Rollout], dict[str, float]]:
         """Rollouts of one step: sampled, scored, filtered, and sampled again until the batch is full if the filter refills."""
@@ -142,7 +146,7 @@ class LanguageLearner:
         needs, roles = self.recipe.needs, self.roles()
         keep = batch.acted(roles)
         if "old" in needs and not self.one_update:
-            stats = frozenset().union(*(getattr(o, "old_needs", ()) for o in self.recipe.losses().values()))
+            stats = self.old_needs()
             inexact = ~(batch.exact & self.policy.steps_exactly) | (keep & ~batch.acted((POLICY,))).any(1)
             if stats or inexact.all():
                 batch.old = self.score_in_parts(self.policy, batch, keep, stats)
@@ -157,6 +161,10 @@ class LanguageLearner:
             batch.reference = self.score_in_parts(self.run.reference(), batch, keep)
         if self.critic is not None:
             batch.values = self.critic.values(batch)
+
+    def old_needs(self) -> frozenset[str]:
+        """Statistics (entropy, mean_logp) that some loss wants of the old policy."""
+        return frozenset().union(*(getattr(o, "old_needs", ()) for o in self.recipe.losses().values()))
 
     def roles(self) -> tuple[int, ...]:
         """Roles of tokens that some loss acts on, policy tokens always among them."""
@@ -203,19 +211,24 @@ class LanguageLearner:
         """One optimiser step on a mini-batch."""
         if self.recipe.updates.normalise == "minibatch" and mini.advantages is not None:
             a = mini.advantages
-            mini.advantages = (a - a.mean()) / (a.std() + 1e-8)
+            counted = a[mini.acted(self.roles()) & mini.train[:, None]] if a.ndim == 2 else a
+            mini = dataclasses.replace(mini, advantages=(a - counted.mean()) / (counted.std() + 1e-8))
         weights = self.weights(mini)
         keep = torch.stack([w > 0 for w in weights.values()]).any(0)
+        needs = self.recipe.loss_needs | (self.old_needs() if self.one_update else frozenset())
         metrics: dict[str, float] = defaultdict(float)
         for rows in split(mini, self.recipe.updates.micro_tokens, "groups" in self.recipe.loss_needs):
             micro = mini.select(rows)
             width = micro.ids.shape[1]
-            scores = self.policy.score(micro, keep[rows][:, :width], self.recipe.loss_needs, self.temperature)
+            scores = self.policy.score(micro, keep[rows][:, :width], needs, self.temperature)
             if self.one_update:
                 micro.old = scores.detach()
             total = 0.0
             for name, weight in weights.items():
                 matrix = self.kl.loss(scores, micro) if name == "kl" else self.losses[name](scores, micro)
+                if getattr(matrix, "shape", None) not in (micro.ids.shape, micro.rewards.shape):
+                    shape = f"shape {tuple(matrix.shape)}" if isinstance(matrix, torch.Tensor) else f"type {type(matrix).__name__}"
+                    raise RunStopped(f"the loss {name!r} has {shape}; expected {tuple(micro.ids.shape)} or {tuple(micro.rewards.shape)}")
                 w = micro.train / len(mini) if matrix.ndim == 1 else weight[rows][:, :width]
                 value = torch.where(w != 0, matrix * w, 0.0).sum()
                 total = total + value
@@ -228,12 +241,15 @@ class LanguageLearner:
         return dict(metrics)
 
     def weights(self, mini: Batch) -> dict[str, torch.Tensor]:
-        """Aggregation as weights [N, T]; muted rows weigh nothing. A loss of one number per response is averaged over responses instead."""
+        """Aggregation as weights [N, T]; muted rows weigh nothing. A loss of one number per response is averaged over responses instead.
+
+        The aggregations that divide by a length take the sampler's cap where the loss sets none.
+        """
         out = {}
         losses = self.recipe.losses() | ({"kl": self.kl.part} if self.kl is not None and self.kl.part.place == "loss" else {})
         for name, loss in losses.items():
             mask = mini.acted(_acts_on(loss)) & mini.train[:, None]
-            out[name] = aggregate(mask, getattr(loss, "aggregation", "token_mean"), getattr(loss, "length", None))
+            out[name] = aggregate(mask, getattr(loss, "aggregation", "token_mean"), getattr(loss, "length", None) or self.cap)
         return out
 
     def ratios(self, scores: Scores, micro: Batch, metrics: dict[str, float]) -> None:
@@ -250,6 +266,11 @@ class LanguageLearner:
                 live.update(batch)
 
     # --------------------------------------------------------------------------------------------------------------- reporting
+
+    def reports(self) -> dict[str, float]:
+        """What live parts have to tell about the step (`report() -> {name: number}`), named by their path."""
+        told = {path: live.report() for path, live in self.run.live.items() if hasattr(live, "report")}
+        return {f"{path}/{name}": value for path, found in told.items() for name, value in found.items()}
 
     def describe(self, rollouts: list[Rollout]) -> dict[str, float]:
         n = len(rollouts)
@@ -283,6 +304,9 @@ class LanguageLearner:
         if len(prompts) > 1:
             interval = mean_interval(solved / e.samples)
             out |= {"pass@1_low": interval.low, "pass@1_high": interval.high}
+        domains = np.array([p.domain for p in prompts])
+        if len(set(domains)) > 1:
+            out |= {f"pass@1/{d or 'none'}": float(solved[domains == d].mean() / e.samples) for d in sorted(set(domains))}
         out |= {"score": sum(scores) / len(scores), "length": sum(len(r.ids) for r in rollouts) / len(rollouts)}
         for r, s in zip(rollouts, scores):
             r.reward = s

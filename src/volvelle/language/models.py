@@ -43,14 +43,13 @@ class LoRA(Part):
     slot = "lora"
     rank: Count = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: str | tuple[str, ...] = "all-linear"
 
     def wrap(self, model):
         from peft import LoraConfig, get_peft_model
 
         targets = self.targets if isinstance(self.targets, str) else list(self.targets)
-        return get_peft_model(model, LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets,
+        return get_peft_model(model, LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets,
                                                 task_type="CAUSAL_LM"))
 
 
@@ -81,11 +80,24 @@ class Pretrained(Model):
             with torch.random.fork_rng():
                 torch.manual_seed(run.seed)  # peft draws its initial matrices from the global generator
                 module = self.lora.wrap(module)
+        policy = CausalPolicy(module.eval(), tokenizer, run.config.dtype, run.config.compile)
         if self.checkpointing:
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            module.enable_input_require_grads() if self.lora else None
-        module.train() if self.checkpointing else module.eval()
-        return CausalPolicy(module, tokenizer, run.config.dtype, run.config.compile)
+            recompute_layers(module)
+        return policy
+
+
+def recompute_layers(module: torch.nn.Module) -> None:
+    """Let transformers' layers forget their activations and compute them again in the backward pass.
+
+    Only the layers themselves are switched to training, which is what they look at; dropout inside them stays off, so that the policy that is
+    scored is the one that sampled.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in module.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True
 
 
 @part("smollm2")

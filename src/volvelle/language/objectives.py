@@ -26,7 +26,8 @@ def aggregate(mask: torch.Tensor, how: str, length: int | None = None, total_row
     """Weights [N, T] whose product with the loss matrix sums to the aggregated loss. mask [N, T]: tokens with loss (muted rows: none).
 
     token_mean: sum / tokens; sequence_mean: mean over responses of token means; sequence_sum: mean over responses of token sums;
-    constant: sum / (N length); padded: sum / T (verl's constant norm). Responses without a loss token still count in N.
+    constant: sum / (N length); padded: sum / length (verl's constant norm); length None = T. The loop passes the sampler's length cap, so
+    that the divisor does not move with the longest response of a batch. Responses without a loss token still count in N.
     """
     weights = mask.float()
     rows = total_rows or len(mask)
@@ -63,13 +64,14 @@ def clipped(ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: flo
 
 def sequence_log_ratio(logps: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[N]: mean over the response's tokens of logps - old (GSPO's length-normalised ratio, as a logarithm)."""
-    return ((logps - old) * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return torch.where(mask, logps - old, 0.0).sum(1) / mask.sum(1).clamp(min=1)
 
 
 @part("clipped")
 class Clipped(Objective):
     """The clipped surrogate of PPO and GRPO. clip_low / clip_high bound the ratio; dual_clip c (off: none) caps the loss of a very likely
-    bad token; length fixes the divisor of the aggregation "constant"."""
+    bad token; length fixes the divisor of the aggregations "constant" and "padded" (none: the
+    sampler's length cap)."""
 
     clip_low: AtLeast0 = 0.2
     clip_high: AtLeast0 = 0.2
@@ -137,8 +139,8 @@ class SequenceClipped(Objective):
 
     def __call__(self, scores, batch):
         mask = batch.acted((POLICY,))
-        ratio = (log_ratio(scores.logps, batch.old.logps) * mask).sum(1).clamp(-20, 20).exp()
-        credit = batch.advantages if batch.advantages.ndim == 1 else (batch.advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
+        ratio = torch.where(mask, log_ratio(scores.logps, batch.old.logps), 0.0).sum(1).clamp(-20, 20).exp()
+        credit = batch.advantages if batch.advantages.ndim == 1 else torch.where(mask, batch.advantages, 0.0).sum(1) / mask.sum(1).clamp(min=1)
         return clipped(ratio, credit, self.clip_low, self.clip_high)
 
 

@@ -40,6 +40,7 @@ class Policy:
     module: torch.nn.Module
     trainable: Trainable | None = None
     steps_exactly: bool = True
+    complete_at: int | None = None  # length at which a response is complete without an end token
 
     def own(self, run, optimiser: Optimiser | None) -> "Policy":
         """Hand the weights to the run, which places, steps and checkpoints them."""
@@ -144,7 +145,7 @@ class CausalPolicy(Policy):
         accepted = inspect.signature(self.backbone.forward).parameters
         self.cache_name = "cache" if "cache" in accepted else "past_key_values"
         register_attention(self.model)
-        self._plain_head = self._head_is_plain()
+        self._refuse()
         if compiled:
             self.backbone.compile(dynamic=True)
 
@@ -154,15 +155,21 @@ class CausalPolicy(Policy):
         return self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
 
     @torch.no_grad()
-    def _head_is_plain(self) -> bool:
-        """Whether logits are exactly head(hidden). Some models scale or cap them; those go through the whole forward."""
+    def _refuse(self) -> None:
+        """UserError for models that shared prefixes and branches would get wrong: attention that is not full, logits that are not head(hidden)."""
+        from transformers import DynamicCache
+
+        if odd := {type(layer).__name__ for layer in DynamicCache(config=self.model.config).layers} - {"DynamicLayer"}:
+            raise UserError(f"this model keeps {', '.join(sorted(odd))}, which is not supported; accepted: models with full attention in every layer")
         device = next(self.module.parameters()).device
         ids = torch.tensor([[1 % self.vocabulary, 2 % self.vocabulary]], device=device)
         training, _ = self.module.training, self.module.eval()
         whole = self.model(input_ids=ids, use_cache=False).logits
         parts = self.model.get_output_embeddings()(self.backbone(input_ids=ids, use_cache=False).last_hidden_state)
         self.module.train(training)
-        return bool(torch.allclose(whole.float(), parts.float(), atol=1e-4))
+        if not torch.allclose(whole.float(), parts.float(), atol=1e-4):
+            raise UserError("this model changes its logits after the output layer (scaling or capping), which is not supported yet; "
+                            "accepted: models whose logits are the output layer of the last hidden state")
 
     def autocast(self):
         if self.dtype != "bfloat16":
@@ -193,9 +200,6 @@ class CausalPolicy(Policy):
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states [M, H], float32."""
-        if not self._plain_head:
-            raise UserError("this model changes its logits after the output layer (scaling or capping), which is not supported yet; "
-                            "accepted: models whose logits are the output layer of the last hidden state")
         return self.model.get_output_embeddings()(hidden).float()
 
     def stepper(self, prompts, members, max_tokens):
@@ -219,7 +223,7 @@ class CausalPolicy(Policy):
 
             size = max(1, CHUNK // self.vocabulary)
             pieces = []
-            for at in range(0, len(target), size):
+            for at in range(0, max(1, len(target)), size):  # at least one piece: rows that are all muted may come alone
                 piece = (states[at:at + size], target[at:at + size])
                 again = len(target) > size and torch.is_grad_enabled()
                 pieces.append(checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False) if again else part(*piece))

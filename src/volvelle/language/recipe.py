@@ -105,6 +105,10 @@ class LanguageRecipe(Recipe):
             raise UserError(f"advantage={name_of(self.advantage)} needs values, and critic is none; add critic=value")
         if self.reward is None and wants:
             raise UserError(f"advantage={name_of(self.advantage)} needs rewards, and reward is none; choose a reward")
+        if "entropy" in self.sampling_needs and "entropy" not in self.sampler.gives:
+            asks = next(p for p in (self.advantage, self.filter, self.reward, self.curriculum) if p is not None and "entropy" in p.needs)
+            raise UserError(f"{type(asks).slot}={name_of(asks)} needs the entropy at every sampled token, which sampler={name_of(self.sampler)} does not record; "
+                            "accepted: sampler=plain")
         for path, loss in self.losses().items():
             acts_on = getattr(loss, "acts_on", (POLICY,))
             if not set(acts_on) & set(self.sampler.makes):

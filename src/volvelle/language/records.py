@@ -93,7 +93,8 @@ class Batch:
     role [N, T] int8, turn [N, T] int16, behaviour / old / reference: Scores, rewards [N], token_rewards [N, T] (KL penalties or
     per-turn rewards; the outcome reward is not in it), values [N, T], advantages [N] or [N, T], groups [N], domain [N],
     train [N] bool (muted rows stay in the statistics without loss), exact [N] bool, finished [N] bool (ended before the length cap),
-    meta: name -> [N] or [N, T], step: the learner step.
+    meta: name -> [N] or [N, T] (always there: length, and group_size, the responses of the row's group in the whole batch),
+    step: the learner step.
     """
 
     prompt_ids: torch.Tensor

@@ -141,7 +141,7 @@ class Weighted(Part):
     weight: float | Schedule = 1.0
 
     @classmethod
-    def from_text(cls, text: str, path: str = "reward") -> "Weighted":
+    def from_text(cls, text: str, path: str = "reward") -> Weighted:
         return cls(coerce(Reward, text, path))
 
 

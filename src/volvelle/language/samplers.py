@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 
-from volvelle.core.errors import RunStopped
+from volvelle.core.errors import RunStopped, UserError
 from volvelle.core.parts import part
 
 from .engines import VLLMEngine
@@ -69,11 +71,12 @@ class LivePlain:
 
 @part("logged")
 class Logged(Sampler):
-    """Text that is there already: the task's demonstrations as FORCED tokens, `group` to each prompt. Supervised training uses this."""
+    """Text that is there already: demonstrations as FORCED tokens, `group` to each prompt. Supervised training uses this."""
 
     group: Count = 1
     temperature: float = 1.0
     makes = (FORCED,)
+    gives = frozenset()
 
     def start(self, run):
         return LiveLogged(self, run)
@@ -85,7 +88,47 @@ class LiveLogged:
         self.rng = run.rng("sampler")
 
     def sample(self, prompts: list[Prompt]) -> list[Rollout]:
-        return [forced(self.policy, p, self.task.demonstration(p, self.rng), group=i) for i, p in enumerate(prompts) for _ in range(self.part.group)]
+        return [demonstrated(self.policy, p, d, i) for i, p in enumerate(prompts) for d in demonstrations(self.task, p, self.part.group, self.rng)]
+
+
+def demonstrations(task, prompt: Prompt, count: int, rng: np.random.Generator, required: bool = True) -> list[Any]:
+    """`count` demonstrations of a prompt: from its column `demonstrations` (drawn without repeats where there are enough), or else from the task.
+
+    None are left out silently: RunStopped or the task's UserError where there are none, unless they are not required ([]).
+    """
+    given = prompt.row.get("demonstrations")
+    if given is None:
+        try:
+            return [task.demonstration(prompt, rng) for _ in range(count)]
+        except UserError:
+            if required:
+                raise
+            return []
+    if not isinstance(given, (list, tuple)):
+        raise RunStopped(f"prompt {prompt.id!r}: row['demonstrations'] is a {type(given).__name__}; expected a list")
+    if not given and required:
+        raise RunStopped(f"prompt {prompt.id!r} has no demonstrations: its row['demonstrations'] is empty")
+    return [given[i] for i in rng.choice(len(given), count, replace=len(given) < count)] if given else []
+
+
+def demonstrated(policy, prompt: Prompt, demonstration: Any, group: int = 0) -> Rollout:
+    """A demonstration (a text, or a mapping with `text` and the teacher's `logps` per token) as a rollout of FORCED tokens.
+
+    meta teacher_logps: those, NaN where unknown. RunStopped where it is no text, does not fit the context, or the logps do not match.
+    """
+    given = demonstration if isinstance(demonstration, dict) else {"text": demonstration}
+    if not isinstance(given.get("text"), str):
+        raise RunStopped(f"prompt {prompt.id!r}: the demonstration {demonstration!r} is neither a text nor a mapping with one")
+    made = forced(policy, prompt, given["text"], group)
+    length = len(made.ids)
+    size = len(policy.encode(prompt)) + length
+    if size > policy.context:
+        raise RunStopped(f"prompt {prompt.id!r} and its demonstration have {size} tokens, more than the policy's context of {policy.context}")
+    logps = given.get("logps", [torch.nan] * length)
+    if len(logps) != length:
+        raise RunStopped(f"prompt {prompt.id!r}: its demonstration has {len(logps)} logps; expected {length}, the end token's among them")
+    made.meta["teacher_logps"] = torch.tensor(logps, dtype=torch.float32)
+    return made
 
 
 def forced(policy, prompt: Prompt, text: str, group: int = 0, **meta) -> Rollout:
@@ -93,3 +136,36 @@ def forced(policy, prompt: Prompt, text: str, group: int = 0, **meta) -> Rollout
     ids = policy.encode_text(text) + list(policy.end_ids[:1])
     return Rollout(prompt, ids, text, torch.full((len(ids),), torch.nan), "stop", role=[FORCED] * len(ids), exact=False, group=group,
                    meta={"external": 1.0, **meta})
+
+
+def continued(policy, begun: list[Rollout], sampling: Sampling, rng: torch.Generator) -> list[Rollout]:
+    """Let the policy go on from the tokens that each rollout holds so far, up to `sampling.max_tokens` in all (one more token at least).
+
+    The new tokens are POLICY tokens with their log-probs; per-token meta (tensors) is 0 on them. A response that begins with no token
+    is an ordinary sample, apart from its meta.
+    """
+    out: dict[int, Rollout] = {}
+    for size in sorted({len(r.ids) for r in begun}):
+        rows = [i for i, r in enumerate(begun) if len(r.ids) == size]
+        prompts = [replace(begun[i].prompt) for i in rows]  # copies, so that each stands for its own beginning
+        extended = _Extended(policy, {id(p): begun[i].ids for p, i in zip(prompts, rows)})
+        left = replace(sampling, max_tokens=max(1, sampling.max_tokens - size))
+        for i, new in zip(rows, generate(extended, prompts, 1, left, rng)):
+            r, ids = begun[i], begun[i].ids + new.ids
+            meta = {k: torch.cat([v, torch.zeros(len(new.ids))]) if isinstance(v, torch.Tensor) else v for k, v in r.meta.items()}
+            out[i] = replace(r, ids=ids, text=policy.stops(sampling.stop).text(ids)[0], logps=torch.cat([r.logps, new.logps]), finish=new.finish,
+                             role=r.role + new.role, turn=r.turn + new.turn, exact=new.exact, meta=meta)
+    return [out[i] for i in range(len(begun))]
+
+
+class _Extended:
+    """A policy whose prompts are followed by the beginning of a response."""
+
+    def __init__(self, policy, beginnings: dict[int, list[int]]):
+        self._policy, self._beginnings = policy, beginnings
+
+    def __getattr__(self, name):
+        return getattr(self._policy, name)
+
+    def encode(self, prompt):
+        return self._policy.encode(prompt) + self._beginnings[id(prompt)]

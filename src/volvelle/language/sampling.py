@@ -67,6 +67,18 @@ def draw(logits: torch.Tensor, sampling: Sampling, rng: torch.Generator, entropy
     return token, chosen, spread
 
 
+def encode_all(policy: Any, prompts: list[Prompt], max_tokens: int) -> list[list[int]]:
+    """Token ids of every prompt. RunStopped on an empty prompt, or one that does not fit into the context with `max_tokens` more."""
+    encoded = [policy.encode(p) for p in prompts]
+    for prompt, ids in zip(prompts, encoded):
+        if len(ids) + max_tokens > policy.context:
+            raise RunStopped(f"prompt {prompt.id!r} has {len(ids)} tokens; with max_tokens={max_tokens} "
+                             f"it exceeds the policy's context of {policy.context}")
+        if not ids:
+            raise RunStopped(f"prompt {prompt.id!r} is empty")
+    return encoded
+
+
 @torch.no_grad()
 def generate(policy: Any, prompts: list[Prompt], count: int, sampling: Sampling, rng: torch.Generator, entropy: bool = False) -> list[Rollout]:
     """`count` responses to each prompt, in prompt order, with the log-probs of the sampled tokens.
@@ -74,13 +86,7 @@ def generate(policy: Any, prompts: list[Prompt], count: int, sampling: Sampling,
     The prompt is computed once per group. A response ends with the policy's end token, at a stop string, or at max_tokens.
     Raises RunStopped when a prompt and its response would not fit into the policy's context.
     """
-    encoded = [policy.encode(p) for p in prompts]
-    for prompt, ids in zip(prompts, encoded):
-        if len(ids) + sampling.max_tokens > policy.context:
-            raise RunStopped(f"prompt {prompt.id!r} has {len(ids)} tokens; with max_tokens={sampling.max_tokens} "
-                             f"it exceeds the policy's context of {policy.context}")
-        if not ids:
-            raise RunStopped(f"prompt {prompt.id!r} is empty")
+    encoded = encode_all(policy, prompts, sampling.max_tokens)
     stepper = policy.stepper(encoded, [count] * len(prompts), sampling.max_tokens)
     total = len(prompts) * count
     ids = torch.zeros(total, sampling.max_tokens, dtype=torch.long)
@@ -108,6 +114,7 @@ def generate(policy: Any, prompts: list[Prompt], count: int, sampling: Sampling,
     for i in range(total):
         row = ids[i, : length[i]].tolist()
         text, finished = stops.text(row)
+        finished = finished or len(row) == policy.complete_at
         out.append(Rollout(prompts[i // count], row, text, logps[i, : length[i]].clone(), "stop" if finished else "length",
                            entropy=spreads[i, : length[i]].clone() if entropy else None, exact=sampling.plain, group=i // count))
     return out

@@ -61,6 +61,7 @@ class Sampler(Part):
 
     slot: ClassVar[str] = "sampler"
     makes: ClassVar[tuple[int, ...]] = (POLICY,)
+    gives = frozenset({"entropy"})  # of the distribution at every token, when somebody needs it
 
 
 class Reward(Part):
@@ -95,7 +96,7 @@ class FunctionReward:
 
     def _one(self, rollout: Rollout) -> float:
         prompt = rollout.prompt
-        row = prompt.row if self.takes_row else {}
+        row = {k: v for k, v in prompt.row.items() if k not in ("prompt", "response")} if self.takes_row else {}
         where = f"reward {self.name!r} on prompt {prompt.id!r}"
         try:
             value = self.function(prompt.text if prompt.text is not None else prompt.messages, rollout.text, **row)

@@ -10,8 +10,6 @@ import functools
 
 import torch
 
-from volvelle.core.errors import UserError
-
 REPACK = 24  # keys in a row per key that a branch sees, beyond which each branch gets a row of its own
 
 
@@ -51,7 +49,7 @@ class CausalStepper:
     """Branches of several prompts under a causal policy.
 
     logits [A, V] float32: next-token logits of the active branches, in order of prompt. `advance(tokens [A])` appends a token to
-    each; `select(index)` keeps, repeats or drops branches (index into the active ones, ascending in prompt).
+    each; `select(index)` keeps, repeats, reorders or drops branches (index into the active ones).
     """
 
     @torch.no_grad()
@@ -62,9 +60,6 @@ class CausalStepper:
         self.device = next(policy.module.parameters()).device
         self.float = torch.bfloat16 if policy.dtype == "bfloat16" else torch.float32
         self.cache = DynamicCache(config=policy.model.config)
-        kinds = {type(layer).__name__ for layer in self.cache.layers}
-        if kinds - {"DynamicLayer"}:
-            raise UserError(f"the model keeps {', '.join(sorted(kinds))}, which branching does not support; accepted: full attention")
         self.cache.layers = [growing_layer()() for _ in self.cache.layers]
         lengths = torch.tensor([len(p) for p in prompts])
         longest = int(lengths.max())
@@ -90,8 +85,10 @@ class CausalStepper:
     def advance(self, tokens: torch.Tensor) -> None:
         """Append tokens [A], one to each active branch, and compute the next logits."""
         rows = self.cache.layers[0].keys.shape[0]
-        first = torch.searchsorted(self.row, torch.arange(rows))
-        column = torch.arange(len(self.row)) - first[self.row]
+        order = self.row.argsort(stable=True)
+        ranked = self.row[order]
+        column = torch.empty_like(self.row)
+        column[order] = torch.arange(len(ranked)) - torch.searchsorted(ranked, ranked)  # the how-manieth branch of its row
         width, keys = int(column.max()) + 1, self.sees.shape[1]
         ids = torch.zeros(rows, width, dtype=torch.long)
         positions = torch.zeros(rows, width, dtype=torch.long)

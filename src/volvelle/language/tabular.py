@@ -48,6 +48,7 @@ class TabularPolicy(Policy):
     def __init__(self, prompts: int, vocabulary: int, depth: int, scale: float, rng: torch.Generator):
         self.vocabulary, self.depth, self.prompts = vocabulary, depth, prompts
         self.context = depth + 1
+        self.complete_at = depth
         self.module = PrefixTable(prompts, vocabulary, depth)
         with torch.no_grad():
             self.module.table.normal_(generator=rng).mul_(scale)

@@ -29,7 +29,7 @@ from volvelle.core.claims import Claim
 from volvelle.core.parts import method, part, preset
 from volvelle.core.trainable import Adam
 
-from ..advantages import group_index, outcome
+from ..advantages import group_index, group_low, outcome
 from ..fittings import Drop, Updates
 from ..objectives import Clipped
 from ..recipe import Evaluation, LanguageRecipe
@@ -44,9 +44,9 @@ def calibrated(rewards: torch.Tensor, groups: torch.Tensor, max_reward: float, v
     rewards, groups [N]; divisor of the variance: group size + virtual - ddof. With virtual=0 this is GRPO.
     """
     index, count = group_index(groups)
-    n = count + virtual
-    total = torch.zeros(len(count), dtype=rewards.dtype, device=rewards.device)
-    mean = (total.index_add(0, index, rewards) + virtual * max_reward) / n
+    n, low = count + virtual, group_low(rewards, index, count)  # sums are taken from the smallest reward: equal rewards give exact means
+    total = torch.zeros_like(low)
+    mean = low + (total.index_add(0, index, rewards - low[index]) + virtual * (max_reward - low)) / n
     square = total.index_add(0, index, (rewards - mean[index]) ** 2) + virtual * (max_reward - mean) ** 2
     deviation = (square / (n - ddof).clamp(min=1)).sqrt() * (n > ddof)
     return (rewards - mean[index]) / (deviation[index] + epsilon)

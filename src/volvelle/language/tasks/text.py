@@ -197,6 +197,49 @@ class Reverse(TextTask):
     slip = SortDigits.slip
 
 
+@part("pause")
+class Pause(TextTask):
+    """`max 5283:` -> `...>8`: as many dots as one likes, up to `most`, then the largest digit. Dots hold no information.
+
+    right_short, right_long: the share of right demonstrations with no dot and with `most` dots (in between: a straight line), so that a
+    warm-started model is right more often after longer pauses, or after shorter ones. How long to pause, and to be right after any pause,
+    are then both there to be learnt. A slip answers with another digit of the question. `noise` lowers both shares.
+    """
+
+    most: Annotated[int, Field(gt=0, le=24)] = 7
+    right_short: Annotated[float, Field(ge=0, le=1)] = 0.3
+    right_long: Annotated[float, Field(ge=0, le=1)] = 0.8
+
+    def draw(self, rng):
+        while len(set(digits := _digits(rng, 4, 4))) < 2:
+            pass
+        return digits
+
+    def ask(self, question):
+        return f"max {question}:"
+
+    def right(self, question):
+        return max(question)
+
+    def solution(self, question, rng):
+        return f"{'.' * int(rng.integers(self.most + 1))}>{self.right(question)}"
+
+    def slip(self, question, rng):
+        wrong = str(rng.choice(sorted(set(question) - {self.right(question)})))
+        return f"{'.' * int(rng.integers(self.most + 1))}>{wrong}"
+
+    def score(self, prompt, text):
+        dots, sign, answer = text.partition(">")
+        return float(bool(sign) and not dots.strip(".") and answer == self.right(prompt.row["question"]))
+
+    def demonstration(self, prompt, rng):
+        """Dots, and an answer that is right with the share that goes with their number."""
+        dots = int(rng.integers(self.most + 1))
+        share = (self.right_short + (self.right_long - self.right_short) * dots / self.most) * (1 - self.noise)
+        said = self.solution if rng.random() < share else self.slip
+        return "." * dots + said(prompt.row["question"], rng).lstrip(".")
+
+
 @part("modular")
 class Modular(TextTask):
     """`17*23 mod 7:` -> `391>6`, the product and then its remainder. A slip takes the product wrongly, or answers without it.

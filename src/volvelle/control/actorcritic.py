@@ -1,0 +1,68 @@
+"""What off-policy actor-critics share: an ensemble of Q networks with their targets, and actors with bounded actions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from volvelle.core.trainable import Optimiser
+
+from .networks import Network, Output
+from .spaces import Layout, Observation
+from .stacked import make
+from .valueheads import ValueHead
+
+
+class Critics:
+    """`members` Q networks per seed, trained together, with lagged copies (`tau`).
+
+    Calling gives outputs [S * members, B, width]; `values` [S, members, B]. Members see the same batch and differ in their start.
+    """
+
+    def __init__(self, run, network: Network, value: ValueHead, optimiser: Optimiser, layout: Layout, extra: int, outputs: int, seeds: int, members: int,
+                 tau: float | None):
+        copies = seeds * members
+        module = Output(network.build(layout, copies, extra), copies, outputs * value.width, network.init, members=members)
+        self.net = make(run, "critics", module, optimiser, seeds, members)
+        self.target = run.lagged(self.net, tau=tau, name="critics-target")
+        self.value, self.seeds, self.members, self.outputs = value, seeds, members, outputs
+        self.size = sum(p.numel() for p in module.parameters())
+
+    def read(self, outputs: Tensor) -> Tensor:
+        """Values [S, members, B] (or [S, members, B, outputs] for several outputs) of raw outputs."""
+        if self.outputs > 1:
+            outputs = outputs.unflatten(-1, (self.outputs, -1))
+        return self.value.value(outputs).unflatten(0, (self.seeds, self.members))
+
+    def values(self, observations: Observation, actions: Tensor | None = None) -> Tensor:
+        return self.read(self.net(observations, actions))
+
+    def target_values(self, observations: Observation, actions: Tensor | None = None) -> Tensor:
+        return self.read(self.target.module(observations, actions))
+
+    def losses(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Loss per member and row [S, members, B] against one target per row [S, B]."""
+        each = target.repeat_interleave(self.members, 0) if self.seeds > 1 else target.expand(self.members, -1)
+        return self.value.loss(outputs, each).unflatten(0, (self.seeds, self.members))
+
+    def frozen(self):
+        """Context in which the critics take no gradients: for the actor's loss."""
+        return _Frozen(self.net.parameters)
+
+
+class _Frozen:
+    def __init__(self, parameters):
+        self.parameters = parameters
+
+    def __enter__(self):
+        for p in self.parameters:
+            p.requires_grad_(False)
+
+    def __exit__(self, *error):
+        for p in self.parameters:
+            p.requires_grad_(True)
+
+
+def uniform_actions(low: Tensor, high: Tensor, chance: Tensor) -> Tensor:
+    """Uniform actions within the bounds from numbers in [0, 1)."""
+    return torch.lerp(low, high, chance)
