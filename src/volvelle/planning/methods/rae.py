@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
 from typing import Annotated
 
 import numpy as np
@@ -33,7 +32,7 @@ from ..game_tasks import Concept, Count, Logit, Nash, NonNegative, Populations, 
 from ..games import Game, Profile, fictitious_play, moments, tremble
 from ..simplex import check_floor, equilibrium, maximise_quadratic, maximise_smoothed
 
-Vector = Float[np.ndarray, "own"]
+Vector = Float[np.ndarray, " own"]
 Matrix = Float[np.ndarray, "own own"]
 
 
@@ -83,7 +82,7 @@ def least_variance(mean: Vector, covariance: Matrix, level: float, floor: float 
     return (1 - share) * low + share * high
 
 
-def gains(game: Game, profile: Profile, gamma: float, floor: float = 0.0) -> Float[np.ndarray, "players"]:
+def gains(game: Game, profile: Profile, gamma: float, floor: float = 0.0) -> Float[np.ndarray, " players"]:
     """What each player could still gain in r_gamma by deviating alone; the largest is the RAE-exploitability."""
     found = []
     for i, p in enumerate(profile):
