@@ -237,7 +237,7 @@ population_claim = Claim(
     arms={"nash": Populations(), "rae": Populations(concept=RiskAverse(1.0, 0.05), risk=0.1),
           "nash-merge": Arm(Populations(tremble=0.2), task="merge"),
           "rae-merge": Arm(Populations(concept=RiskAverse(0.1, 0.05), risk=0.02, tremble=0.2), task="merge")},
-    task="stag-hunt", steps=5, seeds=10, equal="policies", minutes=15, run={"checkpoint_every": 0}, quick={"steps": 1, "seeds": 2},
+    task="stag-hunt", steps=5, seeds=20, equal="policies", minutes=15, run={"checkpoint_every": 0}, quick={"steps": 1, "seeds": 2},
     expects=("rae > nash on hares", "rae-merge < nash-merge on crashes_trembling", "rae-merge >= nash-merge - 0.05 on arrivals_trembling"))
 
 psro = method("psro", Populations(), title="Grow populations of policies against a Nash equilibrium of those so far", source="arXiv 1711.00832")
