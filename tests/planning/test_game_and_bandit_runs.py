@@ -13,6 +13,9 @@ from volvelle.core.errors import UserError
 from volvelle.core.registry import registry
 from volvelle.core.statistics import Expectation
 from volvelle.planning.bandit_tasks import regret_picture
+from volvelle.planning.game_tasks import risk_picture
+from volvelle.planning.games import random_game
+from volvelle.planning.methods import rae
 
 
 @pytest.fixture
@@ -106,6 +109,12 @@ def test_regret_curves_are_drawn(tmp_path):
     data = json.loads((tmp_path / "run/regret/regret.json").read_text())
     assert np.shape(data["regret"]) == (5, 2)
     assert (tmp_path / "run/regret/regret.svg").read_text().startswith("<svg")
+
+
+def test_the_price_of_safety_is_drawn():
+    game, gammas = random_game((3, 3), np.random.default_rng(0), 1), [0.0, 0.1, 1.0]
+    picture = risk_picture(game, gammas, [e.profile for e in rae.path(game, gammas, 0.02, steps=50)])
+    assert picture.startswith("<svg") and "standard deviation" in picture and "gamma" in picture
 
 
 def claims():

@@ -7,8 +7,26 @@ import pytest
 
 from volvelle.core.errors import UserError
 from volvelle.planning.games import (
-    Game, action_values, expected_payoffs, exploitability, fictitious_play, judge, moments, nash, nash_equilibria, others, outcomes, pure_equilibria,
-    quantal_response, random_game, risk_dominance, solve_zero_sum, symmetric, tremble, zero_sum)
+    Game,
+    action_values,
+    expected_payoffs,
+    exploitability,
+    fictitious_play,
+    judge,
+    moments,
+    nash,
+    nash_equilibria,
+    others,
+    outcomes,
+    pure_equilibria,
+    quantal_response,
+    random_game,
+    risk_dominance,
+    solve_zero_sum,
+    symmetric,
+    tremble,
+    zero_sum,
+)
 
 STAG = [[4, 0], [3, 3]]
 

@@ -41,10 +41,10 @@ class Bandits:
         """Different random inputs for every task."""
         return generator.random(self.means.shape).argpartition(self.shown - 1, 1)[:, : self.shown]
 
-    def pull(self, inputs: Int[np.ndarray, "M"], generator: np.random.Generator) -> Float[np.ndarray, "M"]:
+    def pull(self, inputs: Int[np.ndarray, " M"], generator: np.random.Generator) -> Float[np.ndarray, " M"]:
         return self.means[np.arange(self.tasks), inputs] + self.noise * generator.standard_normal(self.tasks)
 
-    def regret(self, shown: Int[np.ndarray, "M K"], inputs: Int[np.ndarray, "M"]) -> Float[np.ndarray, "M"]:
+    def regret(self, shown: Int[np.ndarray, "M K"], inputs: Int[np.ndarray, " M"]) -> Float[np.ndarray, " M"]:
         """Expected reward lost against the best input shown, per task."""
         return np.take_along_axis(self.means, shown, 1).max(1) - self.means[np.arange(self.tasks), inputs]
 
@@ -52,9 +52,9 @@ class Bandits:
 class Player(Protocol):
     """What plays bandits: chooses one of the shown inputs for every task, then sees the rewards."""
 
-    def choose(self, shown: Int[np.ndarray, "M K"]) -> Int[np.ndarray, "M"]: ...
+    def choose(self, shown: Int[np.ndarray, "M K"]) -> Int[np.ndarray, " M"]: ...
 
-    def observe(self, inputs: Int[np.ndarray, "M"], rewards: Float[np.ndarray, "M"]) -> None: ...
+    def observe(self, inputs: Int[np.ndarray, " M"], rewards: Float[np.ndarray, " M"]) -> None: ...
 
 
 def play_round(player: Player, world: Bandits | LinearMdps, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -82,7 +82,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def synthetic(tasks: int, generator: np.random.Generator, inputs: int = 30, maps: int = 25, rank: int = 2, noise: float = 0.3,
-              shown: int = 6, shared: bool = True) -> tuple[Bandits, Float[np.ndarray, "P X k"], Int[np.ndarray, "M"]]:
+              shown: int = 6, shared: bool = True) -> tuple[Bandits, Float[np.ndarray, "P X k"], Int[np.ndarray, " M"]]:
     """Random unit feature maps, one of them true for all tasks (`shared`) or a different one for every task; heads uniform on the
     sphere. Returns the bandits, the class of maps and the true map of each task."""
     if not shared and tasks > maps:
@@ -106,7 +106,7 @@ def digits(tasks: int, generator: np.random.Generator, noise: float = 0.3, shown
     return Bandits(worth[:, data.target], noise, shown), data.data / 16.0
 
 
-def fourier(inputs: Float[np.ndarray, "X d"], maps: int, rank: int, scales: Float[np.ndarray, "P"] | float,
+def fourier(inputs: Float[np.ndarray, "X d"], maps: int, rank: int, scales: Float[np.ndarray, " P"] | float,
             generator: np.random.Generator) -> Float[np.ndarray, "P X k"]:
     """A class of random Fourier feature maps cos(W x + b) / sqrt(rank), of length at most 1; `scales`: bandwidth, one or one per map."""
     scales = np.broadcast_to(np.asarray(scales, dtype=np.float64), maps)
@@ -149,7 +149,7 @@ class LinearMdps:
             later = q.max(2)
         return np.stack(found[::-1])
 
-    def move(self, inputs: Int[np.ndarray, "M"], generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def move(self, inputs: Int[np.ndarray, " M"], generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Rewards and next states, one per task."""
         tasks = np.arange(self.tasks)
         cumulative = self.transitions[tasks, inputs].cumsum(1)

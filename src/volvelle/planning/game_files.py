@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from volvelle.core.errors import UserError, unknown
+
 from .games import Game, symmetric, zero_sum
 
 KINDS = ("payoffs", "zero-sum", "symmetric")

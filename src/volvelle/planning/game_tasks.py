@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -314,3 +315,12 @@ class _Populations:
     def load_state_dict(self, state):
         self.psro.populations, self.psro.payoffs = [list(p) for p in state["populations"]], state["payoffs"]
         self.grown, self.mix = state["grown"], list(state["mix"])
+
+
+def risk_picture(game: Game, gammas: Sequence[float], profiles: Sequence[Profile], mistakes: float = 0.05) -> str:
+    """SVG of what profiles pay along rising `gammas` (see rae.path): mean and standard deviation against others who err, players' average."""
+    from volvelle.core.plots import learning_curves
+
+    found = [judge(game, profile, mistakes) for profile in profiles]
+    curves = {"mean": [[f["mean"] for f in found]], "standard deviation": [[f["variance"] ** 0.5 for f in found]]}
+    return learning_curves({name: (gammas, values) for name, values in curves.items()}, metric="payoff", x="gamma", rng=np.random.default_rng(0))

@@ -19,6 +19,7 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp, root
 from scipy.special import softmax
 
 from volvelle.core.errors import UserError
+
 from .simplex import check_floor
 
 Profile = list[np.ndarray]
@@ -28,7 +29,7 @@ Profile = list[np.ndarray]
 class Game:
     """A normal-form game. payoffs: [players, A_1, ..., A_n], float64, finite."""
 
-    payoffs: Float[np.ndarray, "players *actions"]
+    payoffs: Float[np.ndarray, " players *actions"]
     name: str = "game"
 
     def __post_init__(self):
@@ -81,22 +82,22 @@ def symmetric(matrix: Any, name: str = "game") -> Game:
 
 # ------------------------------------------------------------------------------------------------------- measuring
 
-def others(profile: Profile, player: int) -> Float[np.ndarray, "joint"]:
+def others(profile: Profile, player: int) -> Float[np.ndarray, " joint"]:
     """The product distribution over the joint actions of everybody but `player`, in the order of `Game.table`'s columns."""
     rest = [p for i, p in enumerate(profile) if i != player]
     return reduce(np.multiply.outer, rest, np.ones(())).reshape(-1)
 
 
-def action_values(game: Game, profile: Profile, player: int) -> Float[np.ndarray, "own"]:
+def action_values(game: Game, profile: Profile, player: int) -> Float[np.ndarray, " own"]:
     """Expected payoff of each own action against the others' mixed strategies."""
     return game.table(player) @ others(profile, player)
 
 
-def expected_payoffs(game: Game, profile: Profile) -> Float[np.ndarray, "players"]:
+def expected_payoffs(game: Game, profile: Profile) -> Float[np.ndarray, " players"]:
     return np.array([p @ action_values(game, profile, i) for i, p in enumerate(profile)])
 
 
-def moments(game: Game, profile: Profile, player: int) -> tuple[Float[np.ndarray, "own"], Float[np.ndarray, "own own"]]:
+def moments(game: Game, profile: Profile, player: int) -> tuple[Float[np.ndarray, " own"], Float[np.ndarray, "own own"]]:
     """Mean of each own action and their covariance over the others' joint action: Sigma_jk = sum_b q_b (M_jb - m_j)(M_kb - m_k)."""
     table, q = game.table(player), others(profile, player)
     mean = table @ q
@@ -105,7 +106,7 @@ def moments(game: Game, profile: Profile, player: int) -> tuple[Float[np.ndarray
     return mean, (covariance + covariance.T) / 2
 
 
-def outcomes(game: Game, profile: Profile, mistakes: float = 0.0) -> dict[str, Float[np.ndarray, "players"]]:
+def outcomes(game: Game, profile: Profile, mistakes: float = 0.0) -> dict[str, Float[np.ndarray, " players"]]:
     """What each player gets when every other one acts uniformly at random with probability `mistakes`: "mean", "variance" (over the
     others' actions) and "worst", the expected payoff at the worst joint action that the others then play with positive probability."""
     rest = [(1 - mistakes) * p + mistakes / len(p) for p in profile]

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from volvelle.core.errors import UserError
+
 from .games import Profile, judge
 from .psro import Policies
 
@@ -59,7 +60,7 @@ class MarkovGame:
         visits = self.visits(policies)
         return {name: float((visits * event).sum()) for name, event in self.events.items()}
 
-    def returns(self, policies: tuple[np.ndarray, np.ndarray]) -> tuple[Float[np.ndarray, "two"], Float[np.ndarray, "two"]]:
+    def returns(self, policies: tuple[np.ndarray, np.ndarray]) -> tuple[Float[np.ndarray, " two"], Float[np.ndarray, " two"]]:
         """Mean and variance of each player's undiscounted return, exactly, by backward recursion on the first two moments."""
         joint = self.joint(policies)
         first, second = np.zeros((2, 2, self.states))
@@ -80,7 +81,7 @@ class MarkovGame:
         return total
 
 
-def draw(probabilities: Float[np.ndarray, "n A"], generator: np.random.Generator) -> Int[np.ndarray, "n"]:
+def draw(probabilities: Float[np.ndarray, "n A"], generator: np.random.Generator) -> Int[np.ndarray, " n"]:
     """One action per row, by inverting the cumulative distribution."""
     cumulative = probabilities.cumsum(1)
     return (generator.random((len(probabilities), 1)) * cumulative[:, -1:] >= cumulative).sum(1)

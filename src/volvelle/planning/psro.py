@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from volvelle.core.errors import UserError
+
 from .games import Game, Profile, exploitability, judge, moments
 from .simplex import maximise_quadratic
 
@@ -26,7 +27,7 @@ class Arena(Protocol):
 
     def initial(self, player: int, generator: np.random.Generator) -> list[np.ndarray]: ...
 
-    def payoffs(self, policies: tuple[np.ndarray, ...], generator: np.random.Generator) -> Float[np.ndarray, "players"]: ...
+    def payoffs(self, policies: tuple[np.ndarray, ...], generator: np.random.Generator) -> Float[np.ndarray, " players"]: ...
 
     def respond(self, player: int, populations: Policies, mix: Profile, generator: np.random.Generator) -> np.ndarray | None: ...
 

@@ -16,7 +16,7 @@ from scipy.optimize import nnls, root
 
 from volvelle.core.errors import UserError
 
-Vector = Float[np.ndarray, "n"]
+Vector = Float[np.ndarray, " n"]
 Matrix = Float[np.ndarray, "n n"]
 
 

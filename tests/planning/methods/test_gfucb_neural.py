@@ -35,7 +35,7 @@ def test_features_are_at_most_of_length_one():
 
 
 def test_groups_share_nothing():
-    bandits, inputs = problem(2)
+    _, inputs = problem(2)
     alone = player(inputs, 2, groups=[[0], [1]], mode="greedy", epsilon=0.0)
     alone.observe(np.array([3, 4]), np.array([1.0, -1.0]))
     changed = player(inputs, 2, groups=[[0], [1]], mode="greedy", epsilon=0.0)

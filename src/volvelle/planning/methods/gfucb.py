@@ -58,7 +58,7 @@ class Fit:
 
     best: int
     heads: Float[np.ndarray, "P M k"]
-    errors: Float[np.ndarray, "P"]
+    errors: Float[np.ndarray, " P"]
     predictions: Float[np.ndarray, "M X"]
 
 
@@ -68,7 +68,7 @@ class Ball:
 
     centres: Float[np.ndarray, "P M k"]
     inverses: Float[np.ndarray, "P M k k"]
-    slack: Float[np.ndarray, "P"]
+    slack: Float[np.ndarray, " P"]
 
 
 def gram(features: Float[np.ndarray, "P X k"], counts: Float[np.ndarray, "M X"], ridge: float) -> Float[np.ndarray, "P M k k"]:
@@ -105,7 +105,7 @@ def widths(phi: Float[np.ndarray, "P M K k"], inverses: Float[np.ndarray, "P M k
     return np.einsum("...mak,...mkl,...mal->...ma", phi, inverses, phi)
 
 
-def optimistic(means: Float[np.ndarray, "*batch P M K"], width: Float[np.ndarray, "*batch P M K"], slack: Float[np.ndarray, "P"],
+def optimistic(means: Float[np.ndarray, "*batch P M K"], width: Float[np.ndarray, "*batch P M K"], slack: Float[np.ndarray, " P"],
                sweeps: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The largest sum_i mean_i(a_i) + sqrt(slack sum_i width_i(a_i)) over feasible maps and joint actions, by coordinate ascent.
     Returns the value [*batch], the map [*batch] and the actions [*batch, M]."""
@@ -197,7 +197,7 @@ class Finite(Explorer):
         beta = practical_beta(size, rank, noise, self.factor)
         if self.beta == "theory":
             exact = theory_beta(size, rank, noise, max(run.config.steps, 1))
-            beta = lambda t, tasks: self.factor * exact(t, tasks)  # noqa: E731
+            beta = lambda t, tasks: self.factor * exact(t, tasks)
         if isinstance(problem.world, LinearMdps):
             from .gfucb_mdp import GfucbMdp
 

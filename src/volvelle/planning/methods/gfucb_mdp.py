@@ -64,7 +64,7 @@ class GfucbMdp:
                 plan[h].append(ball(self.features, counts, fit(self.features, counts, sums, inverses), inverses, radius))
         return plan
 
-    def episode(self, generator: np.random.Generator) -> tuple[Float[np.ndarray, "M"], Float[np.ndarray, "M"]]:
+    def episode(self, generator: np.random.Generator) -> tuple[Float[np.ndarray, " M"], Float[np.ndarray, " M"]]:
         """Play one episode in all tasks. Returns each task's regret, as the summed optimality gaps of its actions (unbiased), and reward."""
         p, plan, best = self.problem, self.plan(), self.problem.values()
         states, tasks, lost = np.zeros(p.tasks, int), np.arange(p.tasks), np.zeros(p.tasks)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import numpy as np
@@ -61,7 +62,7 @@ class SharedNet(torch.nn.Module):
     def __init__(self, size: int, groups: int, tasks: int, rank: int, hidden: Sequence[int], generator: torch.Generator):
         super().__init__()
         sizes = [size, *hidden, rank]
-        self.weights = torch.nn.ParameterList(torch.randn(groups, a, b, generator=generator) * (2 / a) ** 0.5 for a, b in zip(sizes, sizes[1:], strict=False))
+        self.weights = torch.nn.ParameterList(torch.randn(groups, a, b, generator=generator) * (2 / a) ** 0.5 for a, b in pairwise(sizes))
         self.biases = torch.nn.ParameterList(torch.zeros(groups, 1, b) for b in sizes[1:])
         self.heads = torch.nn.Parameter(torch.randn(groups, tasks, rank, generator=generator) / rank**0.5)
 
@@ -160,7 +161,7 @@ neural = Explore(explorer=Neural())
 claim = Claim(
     says="a network shared by all tasks loses less than a network for each",
     arms={"joint": neural, "independent": neural(sharing="separate"), "greedy": neural(explorer=Neural(mode="greedy"))},
-    task=DigitsBandits(tasks=8), steps=300, seeds=5, equal="rounds", minutes=20, run={"checkpoint_every": 0}, quick={"steps": 3, "seeds": 2},
+    task=DigitsBandits(tasks=8), steps=300, seeds=5, equal="rounds", minutes=10, run={"checkpoint_every": 0}, quick={"steps": 3, "seeds": 2},
     expects=("joint < independent on regret", "joint < independent on regret_last_quarter", "joint < greedy on regret"))
 
 method("gfucb-neural", neural, title="GFUCB with a neural representation", source="arXiv 2205.15701", claim=claim)

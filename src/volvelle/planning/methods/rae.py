@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
 from typing import Annotated
 
 import numpy as np
@@ -33,7 +32,7 @@ from ..game_tasks import Concept, Count, Logit, Nash, NonNegative, Populations, 
 from ..games import Game, Profile, fictitious_play, moments, tremble
 from ..simplex import check_floor, equilibrium, maximise_quadratic, maximise_smoothed
 
-Vector = Float[np.ndarray, "own"]
+Vector = Float[np.ndarray, " own"]
 Matrix = Float[np.ndarray, "own own"]
 
 
@@ -83,7 +82,7 @@ def least_variance(mean: Vector, covariance: Matrix, level: float, floor: float 
     return (1 - share) * low + share * high
 
 
-def gains(game: Game, profile: Profile, gamma: float, floor: float = 0.0) -> Float[np.ndarray, "players"]:
+def gains(game: Game, profile: Profile, gamma: float, floor: float = 0.0) -> Float[np.ndarray, " players"]:
     """What each player could still gain in r_gamma by deviating alone; the largest is the RAE-exploitability."""
     found = []
     for i, p in enumerate(profile):
@@ -238,7 +237,7 @@ population_claim = Claim(
     arms={"nash": Populations(), "rae": Populations(concept=RiskAverse(1.0, 0.05), risk=0.1),
           "nash-merge": Arm(Populations(tremble=0.2), task="merge"),
           "rae-merge": Arm(Populations(concept=RiskAverse(0.1, 0.05), risk=0.02, tremble=0.2), task="merge")},
-    task="stag-hunt", steps=5, seeds=10, equal="policies", minutes=15, run={"checkpoint_every": 0}, quick={"steps": 1, "seeds": 2},
+    task="stag-hunt", steps=5, seeds=20, equal="policies", minutes=15, run={"checkpoint_every": 0}, quick={"steps": 1, "seeds": 2},
     expects=("rae > nash on hares", "rae-merge < nash-merge on crashes_trembling", "rae-merge >= nash-merge - 0.05 on arrivals_trembling"))
 
 psro = method("psro", Populations(), title="Grow populations of policies against a Nash equilibrium of those so far", source="arXiv 1711.00832")
