@@ -101,13 +101,13 @@ class ReplayPart(Part):
     batch: Annotated[int, Field(gt=0)] = 256
     n_step: Annotated[int, Field(gt=0)] = 1
 
-    def build(self, seeds: int, count: int, gamma: float, spec: Spec, extra: Fields, rng: Streams) -> "Replay":
+    def build(self, seeds: int, count: int, gamma: float, spec: Spec, extra: Fields, rng: Streams) -> Replay:
         if self.capacity < count or self.capacity % count:
             raise UserError(f"replay.capacity={self.capacity}: must be a multiple of the number of environments ({count})")
         return self.live(self, seeds, count, gamma, spec, extra, rng)
 
     @property
-    def live(self) -> type["Replay"]:
+    def live(self) -> type[Replay]:
         return Replay
 
 

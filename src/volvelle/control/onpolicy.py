@@ -79,7 +79,7 @@ class OnPolicy(ControlRecipe):
         if self.advantage.part_name == "monte-carlo" and not self.whole_episodes:
             raise UserError("advantage=monte-carlo needs whole_episodes=true: returns of unfinished episodes are not known")
 
-    def actor(self, spec: Spec, seeds: int) -> "ActorCritic":
+    def actor(self, spec: Spec, seeds: int) -> ActorCritic:
         return ActorCritic(self, spec, seeds)
 
     def start(self, run):
@@ -226,11 +226,11 @@ class OnPolicyLearner(ControlLearner):
     def batch(self) -> dict:
         """Everything the update needs, flat over time and environments: [S, T * N, ...]."""
         part, blocks, seeds, n, T = self.part, self.blocks, self.part.seeds, self.part.envs, self.filled
-        flat = lambda t: t[:, :T].flatten(1, 2).to(self.device)  # noqa: E731
+        flat = lambda t: t[:, :T].flatten(1, 2).to(self.device)
         obs, actions = blocks.read("obs", flat), flat(blocks.tensors["actions"])
         logps, values, entropies = [], [], []
         for piece in range(0, T * n, 8192):
-            cut = lambda x, p=piece: x[:, p : p + 8192]  # noqa: E731
+            cut = lambda x, p=piece: x[:, p : p + 8192]
             outputs, value_outputs = self.net.module(each(cut, obs))
             logp, entropy = self.head.score(outputs, cut(actions))
             logps.append(logp)

@@ -33,7 +33,7 @@ class Streams:
         self.generators = [run.rng(name, first + i) for i in range(seeds)]
 
     @classmethod
-    def fixed(cls, name: str, numbers: Sequence[int]) -> "Streams":
+    def fixed(cls, name: str, numbers: Sequence[int]) -> Streams:
         """Streams outside any run, from plain numbers: for evaluation, which must leave the run's numbers alone."""
         made = cls.__new__(cls)
         made.generators = [np.random.default_rng([*name.encode(), n]) for n in numbers]
