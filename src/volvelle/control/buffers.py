@@ -170,7 +170,7 @@ class Replay:
         place = torch.from_numpy(rows + self.starts)
         batch = self.blocks.gather(place)
         if self.part.n_step == 1:
-            batch["discounts"] = torch.rsub(batch.pop("terminated") * self.gamma, self.gamma)
+            batch["discounts"] = torch.rsub(batch.pop("terminated"), self.gamma, alpha=self.gamma)  # gamma (1 - terminated)
         else:
             batch["rewards"], batch["discounts"], last = self._n_step(rows)
             batch["next_obs"] = self.blocks.gather(last + torch.from_numpy(self.starts))["next_obs"]
