@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy_envs import Counter, Faulty, Reach, Target, Zoo
+from toy_envs import Counter, Doubled, Factor, Faulty, Reach, Target, Zoo
 
 import volvelle
+from volvelle.control.methods.dqn import dqn
+from volvelle.control.methods.ppo import ppo
 from volvelle.control.policy import Policy
 from volvelle.control.watching import watch
 from volvelle.core.errors import RunStopped, UserError
+from volvelle.core.files import read_lines
 from volvelle.core.state import fingerprint, load_state
 from volvelle.core.trainer import checkpoints
 
@@ -211,8 +214,6 @@ def plain_advantage(rollout, gamma):
 def test_plain_functions_are_parts(tmp_path):
     made = train("dqn", lambda: Target(), tmp_path / "a", [*Q], steps=1)
     assert made.result["steps"] == 1
-    from volvelle.control.methods.dqn import dqn
-    from volvelle.control.methods.ppo import ppo
     recipe = dqn(relabels={"worse": relabelled}).override(*Q)
     made = volvelle.train(recipe, task=lambda: Target(), folder=tmp_path / "b", steps=2, seed=0)
     with torch.no_grad():
@@ -260,3 +261,33 @@ def test_evaluations_are_filmed_on_request(tmp_path):
     pytest.importorskip("imageio.v2")
     train("ppo", "CartPole-v1", tmp_path / "run", ["envs=2", "length=16", "minibatches=2", "evaluation.episodes=1", "evaluation.record=1"], steps=1)
     assert sorted(p.name for p in (tmp_path / "run" / "videos").iterdir()) == ["step-000000-0.mp4", "step-000001-0.mp4"]
+
+
+# ---- rewards changed on their way
+
+@pytest.mark.parametrize("when", ["store", "sample"])
+def test_a_relabel_sees_the_info_it_asks_for_and_its_state_is_kept(when, tmp_path):
+    made = volvelle.train(dqn(relabels={"f": Factor(when=when)}).override(*Q, "gamma=0"), task=lambda: Counter(3), folder=tmp_path / "run", steps=4, seed=0)
+    rewards = made.learner.replay.blocks.tensors["rewards"][0, :300]
+    assert set(rewards.flatten().tolist()) == ({10.0, 20.0, 30.0} if when == "store" else {1.0, 2.0, 3.0})
+    with torch.no_grad():
+        q = made.learner.agent.module.values(torch.tensor([[[0.0, 0, 0]]]))
+    assert q.mean() == pytest.approx(10, abs=3)              # the first step's own reward is 1
+    assert load_state(checkpoints(tmp_path / "run")[-1])["run"]["live"]["relabels.f"] == {"seen": 4}
+
+
+def test_relabels_and_shapers_on_policy(tmp_path):
+    made = volvelle.train(ppo(relabels={"f": Factor()}).override(*ON), task=lambda: Counter(3), folder=tmp_path / "a", steps=1, seed=0)
+    assert set(made.learner.blocks.tensors["rewards"].flatten().tolist()) == {10.0, 20.0, 30.0}
+    assert made.result["metrics"]["return"] == 6             # evaluation measures the task's own reward
+    made = volvelle.train(ppo(shapers={"d": Doubled()}).override(*ON), task=lambda: Counter(3), folder=tmp_path / "b", steps=1, seed=0)
+    assert set(made.learner.blocks.tensors["rewards"].flatten().tolist()) == {2.0, 4.0, 6.0} and made.result["metrics"]["return"] == 6
+
+
+def test_a_kl_limit_ends_the_passes_and_is_for_one_seed(tmp_path):
+    free = train("ppo", lambda: Target(), tmp_path / "free", ON, steps=1)
+    bound = train("ppo", lambda: Target(), tmp_path / "bound", [*ON, "target_kl=1e-7"], steps=1)
+    updates = [read_lines(t.folder / "metrics.jsonl")[-1]["updates"] for t in (free, bound)]
+    assert updates[0] == 8 and updates[1] < 4
+    with pytest.raises(UserError, match="target_kl=0.01: would stop the passes of all seeds"):
+        train("ppo", lambda: Target(), tmp_path / "no", [*ON, "target_kl=0.01", "seeds=2"])

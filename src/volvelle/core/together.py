@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from .errors import UserError
 from .files import read_json, read_lines, write_json, write_text, write_yaml
 from .launch import Job
 from .run import RunConfig, config_data
@@ -21,10 +22,15 @@ SHARED = ("step", "env_steps")  # counted per seed already
 
 def possible(config: RunConfig, seeds: Sequence[int], folder: Path) -> bool:
     """Whether an arm's seeds can train as one run: the recipe can, they follow one another, and none was begun alone."""
-    able = any(f.name == "seeds" for f in fields(config.recipe)) and config.recipe.seeds == 1
+    if not any(f.name == "seeds" for f in fields(config.recipe)) or config.recipe.seeds != 1:
+        return False
+    try:
+        config.recipe.replace(seeds=len(seeds)).validate(config.task)
+    except UserError:
+        return False
     follow = len(seeds) > 1 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
     begun = any((folder / f"seed-{s}" / "config.yaml").exists() for s in seeds) and not (folder / "together").exists()
-    return able and follow and not begun
+    return follow and not begun
 
 
 def job(name: str, config: RunConfig, seeds: Sequence[int], folder: Path) -> Job:
