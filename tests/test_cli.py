@@ -148,3 +148,13 @@ def test_lists(volvelle):
         if "--json" in words:
             assert json.loads(out)
     assert {m["name"] for m in json.loads(volvelle("methods", "--json")[1])} >= {"grpo", "ngrpo", "ppo"}
+
+
+def test_watch_films_a_policy_and_says_what_is_missing(volvelle, tmp_path):
+    pytest.importorskip("imageio")
+    code, _, err = volvelle("train", "ppo", "--task", "CartPole-v1", "--steps", 1, "--out", "run", "envs=2", "length=16", "minibatches=2", "evaluation.episodes=1")
+    assert code == 0, err
+    code, out, err = volvelle("watch", "run", "--save", "film.gif", "--json")
+    assert code == 0 and json.loads(out)["returns"][0] > 0 and (tmp_path / "film.gif").stat().st_size > 0, err
+    code, _, err = volvelle("watch", "nowhere", "--save", "film.gif")
+    one_line(code, err, "nowhere: no config.yaml there")

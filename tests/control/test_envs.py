@@ -30,7 +30,7 @@ def test_every_step_is_a_real_transition_and_the_final_observation_is_kept():
     made = envs(lambda: Counter(3))
     seen = []
     for _ in range(7):
-        obs, rewards, terminated, truncated = made.step(np.array([0]))
+        obs, rewards, terminated, _truncated = made.step(np.array([0]))
         seen.append((obs[0].tolist(), float(rewards[0]), bool(terminated[0]), [(row, o.tolist()) for row, o in made.finals]))
     # step 3 ends episode 0: its observation is in finals, the returned one already belongs to episode 1
     assert [s[0][:2] for s in seen] == [[1, 0], [2, 0], [0, 1], [1, 1], [2, 1], [0, 2], [1, 2]]

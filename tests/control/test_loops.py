@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy_envs import Counter, Faulty, Reach, Target, Zoo
+from toy_envs import Counter, Doubled, Factor, Faulty, Reach, Target, Zoo
 
 import volvelle
+from volvelle.control.methods.dqn import dqn
+from volvelle.control.methods.ppo import ppo
 from volvelle.control.policy import Policy
+from volvelle.control.watching import watch
 from volvelle.core.errors import RunStopped, UserError
+from volvelle.core.files import read_lines
 from volvelle.core.state import fingerprint, load_state
 from volvelle.core.trainer import checkpoints
 
@@ -90,10 +94,10 @@ def test_a_run_broken_off_ends_bit_for_bit_as_an_unbroken_one(method, overrides,
 @pytest.mark.parametrize("method, overrides", [("ppo", ["envs=4", "length=64", "evaluation.episodes=2"]),
                                                ("dqn", ["period=200", "warmup=100", "replay.capacity=700", "replay.batch=32", "evaluation.episodes=2"])])
 def test_cartpole_killed_with_signal_9_goes_on_bit_for_bit(method, overrides, tmp_path):
-    options = dict(task="CartPole-v1", overrides=overrides, steps=6, checkpoint_every=2, seed=3)
+    options = {"task": "CartPole-v1", "overrides": overrides, "steps": 6, "checkpoint_every": 2, "seed": 3}
     volvelle.train(method, folder=tmp_path / "whole", **options)
     broken = tmp_path / "broken"
-    slow = lambda step, steps, metrics: time.sleep(0.3)  # noqa: E731
+    slow = lambda step, steps, metrics: time.sleep(0.3)
     process = multiprocessing.get_context("fork").Process(target=lambda: volvelle.train(method, folder=broken, progress=slow, **options))
     process.start()
     try:
@@ -161,7 +165,7 @@ def test_a_checkpoint_of_another_environment_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("method, overrides", [("ppo", ["envs=1", "length=16", "minibatches=2", *SMALL]), ("dqn", ["period=16", "warmup=8", "every=4", *SMALL])])
 def test_a_failing_environment_loses_nothing_that_was_trained(method, overrides, tmp_path):
-    make = lambda: Faulty("nan observation", at=(13, 2))  # noqa: E731
+    make = lambda: Faulty("nan observation", at=(13, 2))
     with pytest.raises(RunStopped, match="step 3: environment .* returned an observation of nan .*; last good checkpoint: .*step-000002") as error:
         train(method, make, tmp_path / "run", overrides, steps=50, checkpoint_every=0)
     assert "\n" not in str(error.value)
@@ -210,8 +214,6 @@ def plain_advantage(rollout, gamma):
 def test_plain_functions_are_parts(tmp_path):
     made = train("dqn", lambda: Target(), tmp_path / "a", [*Q], steps=1)
     assert made.result["steps"] == 1
-    from volvelle.control.methods.dqn import dqn
-    from volvelle.control.methods.ppo import ppo
     recipe = dqn(relabels={"worse": relabelled}).override(*Q)
     made = volvelle.train(recipe, task=lambda: Target(), folder=tmp_path / "b", steps=2, seed=0)
     with torch.no_grad():
@@ -219,3 +221,73 @@ def test_plain_functions_are_parts(tmp_path):
     assert q.max() < 0                                       # it only ever saw the reward -1
     made = volvelle.train(ppo(advantage=plain_advantage, value_weight=0.0, value_clip=None).override(*ON), task=lambda: Target(), folder=tmp_path / "c", steps=12, seed=0)
     assert made.result["metrics"]["return"] > 0.9
+
+
+# ---- watching
+
+@pytest.fixture(scope="module")
+def cartpole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cartpole") / "run"
+    train("ppo", "CartPole-v1", folder, ["envs=2", "length=16", "minibatches=2", "evaluation.episodes=1", "seeds=2"], steps=1, evaluate_every=1)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["film.mp4", "film.gif"])
+def test_a_policy_is_filmed(cartpole, tmp_path, name):
+    imageio = pytest.importorskip("imageio.v2")
+    returns = watch(cartpole, episodes=2, save=tmp_path / name, member=1)
+    frames = imageio.mimread(tmp_path / name, memtest=False)
+    pictures = sum(returns) + 2                               # CartPole pays 1 per step; a .gif keeps no picture twice
+    assert len(returns) == 2 and frames[0].shape[:2] == (400, 600)
+    assert abs(len(frames) - pictures) <= 1 if name == "film.mp4" else pictures / 2 < len(frames) <= pictures
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert watch(cartpole, episodes=2, save=tmp_path / name, member=1) == returns
+
+
+def test_watching_says_what_is_missing(cartpole, tmp_path, monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    for options, says in (({}, "no display to open a window on; film it instead with --save FILE.mp4"), ({"save": tmp_path / "film.avi"}, "accepted: a name ending in .mp4 or .gif"),
+                          ({"save": tmp_path / "film.mp4", "member": 2}, "member=2: the policy holds 2 seeds; accepted: 0 to 1"),
+                          ({"save": tmp_path / "film.mp4", "task": "Acrobot-v1"}, "was made for observations of 4 numbers")):
+        with pytest.raises(UserError, match=says):
+            watch(cartpole, **options)
+    train("ppo", lambda: Counter(3), tmp_path / "own", [*ON], steps=1)
+    with pytest.raises(UserError, match="was defined inside a program"):
+        watch(tmp_path / "own", save=tmp_path / "film.mp4")
+
+
+def test_evaluations_are_filmed_on_request(tmp_path):
+    pytest.importorskip("imageio.v2")
+    train("ppo", "CartPole-v1", tmp_path / "run", ["envs=2", "length=16", "minibatches=2", "evaluation.episodes=1", "evaluation.record=1"], steps=1)
+    assert sorted(p.name for p in (tmp_path / "run" / "videos").iterdir()) == ["step-000000-0.mp4", "step-000001-0.mp4"]
+
+
+# ---- rewards changed on their way
+
+@pytest.mark.parametrize("when", ["store", "sample"])
+def test_a_relabel_sees_the_info_it_asks_for_and_its_state_is_kept(when, tmp_path):
+    made = volvelle.train(dqn(relabels={"f": Factor(when=when)}).override(*Q, "gamma=0"), task=lambda: Counter(3), folder=tmp_path / "run", steps=4, seed=0)
+    rewards = made.learner.replay.blocks.tensors["rewards"][0, :300]
+    assert set(rewards.flatten().tolist()) == ({10.0, 20.0, 30.0} if when == "store" else {1.0, 2.0, 3.0})
+    with torch.no_grad():
+        q = made.learner.agent.module.values(torch.tensor([[[0.0, 0, 0]]]))
+    assert q.mean() == pytest.approx(10, abs=3)              # the first step's own reward is 1
+    assert load_state(checkpoints(tmp_path / "run")[-1])["run"]["live"]["relabels.f"] == {"seen": 4}
+
+
+def test_relabels_and_shapers_on_policy(tmp_path):
+    made = volvelle.train(ppo(relabels={"f": Factor()}).override(*ON), task=lambda: Counter(3), folder=tmp_path / "a", steps=1, seed=0)
+    assert set(made.learner.blocks.tensors["rewards"].flatten().tolist()) == {10.0, 20.0, 30.0}
+    assert made.result["metrics"]["return"] == 6             # evaluation measures the task's own reward
+    made = volvelle.train(ppo(shapers={"d": Doubled()}).override(*ON), task=lambda: Counter(3), folder=tmp_path / "b", steps=1, seed=0)
+    assert set(made.learner.blocks.tensors["rewards"].flatten().tolist()) == {2.0, 4.0, 6.0} and made.result["metrics"]["return"] == 6
+
+
+def test_a_kl_limit_ends_the_passes_and_is_for_one_seed(tmp_path):
+    free = train("ppo", lambda: Target(), tmp_path / "free", ON, steps=1)
+    bound = train("ppo", lambda: Target(), tmp_path / "bound", [*ON, "target_kl=1e-7"], steps=1)
+    updates = [read_lines(t.folder / "metrics.jsonl")[-1]["updates"] for t in (free, bound)]
+    assert updates[0] == 8 and updates[1] < 4
+    with pytest.raises(UserError, match="target_kl=0.01: would stop the passes of all seeds"):
+        train("ppo", lambda: Target(), tmp_path / "no", [*ON, "target_kl=0.01", "seeds=2"])

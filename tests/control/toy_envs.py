@@ -4,6 +4,9 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from volvelle.control.slots import Relabel, Shaper
+from volvelle.core.parts import part
+
 
 class Counter(gym.Env):
     """The observation is (step, episode, row tag); the reward is the step. Terminates after `length` steps if `ends`, else is cut there."""
@@ -114,3 +117,45 @@ class Endless(Counter):
 
 def make_counter(*, length: int = 3):
     return Counter(length)
+
+
+@part("doubled")
+class Doubled(Shaper):
+    """Pays twice, and remembers how far the episode is."""
+
+    def wrap(self, envs):
+        return _Doubled(envs)
+
+
+class _Doubled(gym.vector.VectorWrapper):
+    def step(self, actions):
+        observations, rewards, terminated, truncated, infos = self.env.step(actions)
+        return observations, 2 * rewards, terminated, truncated, infos
+
+
+@part("factor")
+class Factor(Relabel):
+    """The reward is a number of the environment's info; counts what it has seen."""
+
+    info: tuple[str, ...] = ("factor",)
+    when: str = "store"
+
+    def start(self, run):
+        return _Factor(self)
+
+
+class _Factor:
+    def __init__(self, part):
+        self.info, self.when, self.seen = part.info, part.when, 0
+
+    def __call__(self, batch):
+        return {**batch, "rewards": batch["factor"]}
+
+    def update(self, buffer):
+        self.seen += 1
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]

@@ -101,13 +101,13 @@ class ReplayPart(Part):
     batch: Annotated[int, Field(gt=0)] = 256
     n_step: Annotated[int, Field(gt=0)] = 1
 
-    def build(self, seeds: int, count: int, gamma: float, spec: Spec, extra: Fields, rng: Streams) -> "Replay":
+    def build(self, seeds: int, count: int, gamma: float, spec: Spec, extra: Fields, rng: Streams) -> Replay:
         if self.capacity < count or self.capacity % count:
             raise UserError(f"replay.capacity={self.capacity}: must be a multiple of the number of environments ({count})")
         return self.live(self, seeds, count, gamma, spec, extra, rng)
 
     @property
-    def live(self) -> type["Replay"]:
+    def live(self) -> type[Replay]:
         return Replay
 
 
@@ -170,7 +170,7 @@ class Replay:
         place = torch.from_numpy(rows + self.starts)
         batch = self.blocks.gather(place)
         if self.part.n_step == 1:
-            batch["discounts"] = torch.rsub(batch.pop("terminated") * self.gamma, self.gamma)
+            batch["discounts"] = torch.rsub(batch.pop("terminated"), self.gamma, alpha=self.gamma)  # gamma (1 - terminated)
         else:
             batch["rewards"], batch["discounts"], last = self._n_step(rows)
             batch["next_obs"] = self.blocks.gather(last + torch.from_numpy(self.starts))["next_obs"]

@@ -26,7 +26,7 @@ class Vocabulary:
             self.codes[word] = len(self.codes)
         return self.codes.get(word, -1)
 
-    def copy(self) -> "Vocabulary":
+    def copy(self) -> Vocabulary:
         return Vocabulary(list(self.codes), closed=True)
 
 

@@ -128,7 +128,7 @@ def record(policy: Policy, task: ControlTask, path: str | Path, *, fps: int | No
     if any(f is None for f in frames):
         raise UserError(f"task {task.label()}: its environment draws no pictures (render returned None)")
     path.parent.mkdir(parents=True, exist_ok=True)
-    speed = fps or 30
+    speed = fps or task.make().metadata.get("render_fps") or 30
     with directory(path.parent / f".{path.name}.making") as folder:
         extra = {"macro_block_size": 2} if path.suffix == ".mp4" else {"loop": 0}
         timing = {"fps": speed} if path.suffix == ".mp4" else {"duration": 1000 / speed}

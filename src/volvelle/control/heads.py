@@ -169,7 +169,7 @@ class Squash(Distribution):
         self.scale, self.bias = (bounds[1] - bounds[0]) / 2, (bounds[1] + bounds[0]) / 2
         self.low, self.high, self.smooth = low, high, smooth
 
-    def to(self, device) -> "Squash":
+    def to(self, device) -> Squash:
         self.scale, self.bias = self.scale.to(device), self.bias.to(device)
         return self
 

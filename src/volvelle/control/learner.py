@@ -18,7 +18,7 @@ from .envs import Envs, each, numbers_for, probe
 from .evaluation import Evaluation, Evaluator, record
 from .normalise import ObservationNormaliser
 from .policy import Policy, as_tensors
-from .slots import ControlTask, Shaper
+from .slots import ControlTask
 from .spaces import Observation, Spec
 from .speed import keep_freed_memory
 
@@ -49,19 +49,26 @@ class ControlRecipe(Recipe):
 
 
 class ControlLearner:
-    """Base of the loops. `obs`: current normalised observations [S, N, ...], None when new episodes must begin."""
+    """Base of the loops, for recipes with `relabels` and `shapers`. `obs`: current normalised observations [S, N, ...], None when new episodes must begin."""
 
-    def __init__(self, run, part: ControlRecipe, count: int, shapers: list[Shaper] = (), keys: tuple[str, ...] = ()):
+    def __init__(self, run, part: ControlRecipe, count: int):
+        self.relabels = {name: run.start(f"relabels.{name}", r) for name, r in part.relabels.items()}
+        keys = tuple(dict.fromkeys(k for r in self.relabels.values() for k in getattr(r, "info", ())))
         self.run, self.part, self.device, task = run, part, run.device, run.config.task
         keep_freed_memory()
         self.vocabulary = Vocabulary()
         self.spec: Spec = probe(task, self.vocabulary)
-        self.envs = Envs(task, part.seeds, count, training=True, keys=keys, shapers=shapers, workers=part.workers, vocabulary=self.vocabulary,
+        self.envs = Envs(task, part.seeds, count, training=True, keys=keys, shapers=list(part.shapers.values()), workers=part.workers, vocabulary=self.vocabulary,
                          report=run.reporter)
         self.normaliser: ObservationNormaliser | None = None
         self.obs: Any = None
         self.env_steps = 0
         self.evaluators: dict[Any, Evaluator] = {}
+
+    def update_relabels(self, buffer: Any) -> None:
+        for relabel in self.relabels.values():
+            if hasattr(relabel, "update"):
+                relabel.update(buffer)
 
     # ---- observations
 

@@ -18,6 +18,7 @@ from volvelle.core.errors import UserError
 from volvelle.core.parts import Part, part
 
 from .spaces import Layout, Observation
+import itertools
 
 Width = Annotated[int, Field(gt=0)]
 Initial = Literal["torch", "orthogonal", "fan-avg"]
@@ -120,7 +121,7 @@ class Dense(nn.Module):
         super().__init__()
         widths = [fan_in, *hidden]
         gain = math.sqrt(2) if how == "orthogonal" else 1.0
-        self.layers = nn.ModuleList(Linear(copies, i, o, how, gain) for i, o in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(Linear(copies, i, o, how, gain) for i, o in itertools.pairwise(widths))
         self.norms = nn.ModuleList(LayerNorm(copies, o) for o in hidden) if layer_norm else None
         self.activation, self.width = ACTIVATIONS[activation], widths[-1]
         self.pairs = [(layer.bias, layer.weight) for layer in self.layers]  # the same parameters, without the cost of a module call each

@@ -83,14 +83,12 @@ class OffPolicyLearner(ControlLearner):
     """step = `period` environment steps with the gradient steps due among them."""
 
     def __init__(self, run, part: OffPolicy):
-        self.relabels = {name: run.start(f"relabels.{name}", r) for name, r in part.relabels.items()}
-        keys = tuple(dict.fromkeys(k for r in self.relabels.values() for k in getattr(r, "info", ())))
-        super().__init__(run, part, part.envs, list(part.shapers.values()), keys)
+        super().__init__(run, part, part.envs)
         if part.normalise_observations and self.spec.observations.vector:
             self.normaliser = ObservationNormaliser(part.seeds, self.spec.observations.vector)
         self.agent = part.agent(run, self.spec)
         self.size = self.agent.size
-        extra: Fields = {k: ((), np.float32) for k in keys}
+        extra: Fields = {k: ((), np.float32) for k in self.envs.keys}
         self.replay: Replay = part.replay.build(part.seeds, part.envs, part.gamma, self.spec, extra, Streams(run, "replay", part.seeds))
         self.gradient_steps = 0
 
@@ -126,9 +124,7 @@ class OffPolicyLearner(ControlLearner):
                 for _ in range((self.env_steps // part.every - before // part.every) * part.updates):
                     made = self.learn()
         self.obs = obs
-        for relabel in self.relabels.values():
-            if hasattr(relabel, "update"):
-                relabel.update(replay)
+        self.update_relabels(replay)
         metrics = agent.report(made) if made is not None else {}
         return self.episode_metrics() | {k: float(v.mean() if isinstance(v, Tensor) else v) for k, v in metrics.items()}
 

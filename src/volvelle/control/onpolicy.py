@@ -25,7 +25,7 @@ from .losses import approximate_kl, clipped_value_error, standardise, weighted_m
 from .networks import MLP, Linear, Network, Output
 from .normalise import ObservationNormaliser, RewardNormaliser
 from .policy import Deciding, as_tensors
-from .slots import Shaper
+from .slots import Relabel, Shaper
 from .spaces import Spec
 from .stacked import Streams, make
 from .valueheads import MSE, ValueHead
@@ -38,7 +38,8 @@ class OnPolicy(ControlRecipe):
     A learner step collects `length` steps in each of `envs` environments (with whole_episodes: one episode in each, of at most `length`
     steps) and makes `epochs` passes over them in `minibatches` parts. shared: actor and critic share the network's body. anneal: the learning
     rate falls linearly to 0 over the run. value_weight times the value loss is added, and minus `entropy` times the entropy.
-    kl_stop: passes end when the estimated KL to the old policy exceeds target_kl, seen before a "minibatch" step or at the end of an "epoch".
+    kl_stop: passes end when the estimated KL to the old policy exceeds target_kl, seen before a "minibatch" step (with a margin of half) or at
+    the end of an "epoch". relabels change the rewards of every rollout before credit is given (they see observations as the policy does).
     """
 
     envs: Count = 4
@@ -63,6 +64,7 @@ class OnPolicy(ControlRecipe):
     kl_stop: Literal["minibatch", "epoch"] = "minibatch"
     normalise_observations: bool = False
     normalise_rewards: bool = False
+    relabels: dict[str, Relabel] = field(default_factory=dict)
     shapers: dict[str, Shaper] = field(default_factory=dict)
 
     def check(self, recipe):
@@ -72,6 +74,8 @@ class OnPolicy(ControlRecipe):
             raise UserError(f"minibatches={self.minibatches}: envs * length = {size} steps must divide into minibatches of at least 2")
         if self.whole_episodes and self.minibatches != 1:
             raise UserError("minibatches: whole episodes have no fixed number of steps; accepted with whole_episodes: 1")
+        if self.target_kl is not None and self.seeds > 1:
+            raise UserError(f"target_kl={self.target_kl}: would stop the passes of all seeds when one goes too far; accepted with seeds={self.seeds}: none")
         if not self.value.scalar:
             raise UserError(f"value={self.value.part_name} learns a return distribution, but on-policy targets are numbers; accepted: mse, huber, hl-gauss, two-hot")
         if self.value_clip is not None and self.value.part_name != "mse":
@@ -79,7 +83,7 @@ class OnPolicy(ControlRecipe):
         if self.advantage.part_name == "monte-carlo" and not self.whole_episodes:
             raise UserError("advantage=monte-carlo needs whole_episodes=true: returns of unfinished episodes are not known")
 
-    def actor(self, spec: Spec, seeds: int) -> "ActorCritic":
+    def actor(self, spec: Spec, seeds: int) -> ActorCritic:
         return ActorCritic(self, spec, seeds)
 
     def start(self, run):
@@ -129,13 +133,13 @@ class ActorCritic(Deciding):
 
 
 class OnPolicyLearner(ControlLearner):
-    """step = collect, credit, improve."""
+    """step = collect, reward, credit, improve."""
 
     def __init__(self, run, part: OnPolicy):
-        super().__init__(run, part, part.envs, list(part.shapers.values()))
+        super().__init__(run, part, part.envs)
         seeds = part.seeds
         module = part.actor(self.spec, seeds)
-        self.net = self.policy_net = make(run, "actor-critic", module, part.optimiser, seeds)
+        self.net = make(run, "actor-critic", module, part.optimiser, seeds)
         self.head, self.value = module.head, part.value
         self.size = sum(p.numel() for p in module.parameters())
         self.sampling, self.shuffling = Streams(run, "sampling", seeds), Streams(run, "shuffling", seeds)
@@ -146,7 +150,7 @@ class OnPolicyLearner(ControlLearner):
         actions = self.spec.actions
         self.blocks = Blocks(seeds, part.length, part.envs, {
             **observation_fields(self.spec, "obs"), "actions": (actions.shape, actions.dtype), "rewards": ((), np.float32), "ended": ((), bool),
-            "cut": ((), bool), "final_values": ((), np.float32), "valid": ((), bool)})
+            "cut": ((), bool), "final_values": ((), np.float32), "valid": ((), bool), **{k: ((), np.float32) for k in self.envs.keys}})
         self.blocks.arrays["valid"][:] = True
         self.loss = compiled(run, self._loss)
 
@@ -179,11 +183,10 @@ class OnPolicyLearner(ControlLearner):
             actions_block[:, t] = actions
             raw, rewards, terminated, truncated = self.envs.step(actions.reshape(seeds * n, *actions.shape[2:]))
             ended = (terminated | truncated).reshape(shape)
-            rewards = rewards.reshape(shape)
-            if self.reward_scale is not None:
-                rewards = self.reward_scale(rewards, ended)
-            blocks.write(t, "rewards", rewards)
+            blocks.write(t, "rewards", rewards.reshape(shape))
             blocks.write(t, "ended", ended)
+            for k, values in self.envs.infos.items():
+                blocks.write(t, k, values.reshape(shape))
             if part.whole_episodes:
                 blocks.write(t, "valid", alive)
             for row, final in self.envs.finals:
@@ -199,6 +202,20 @@ class OnPolicyLearner(ControlLearner):
         self.obs = obs
         self.env_steps += self.filled * n
         self._final_values(cuts)
+
+    def reward(self) -> None:
+        """Relabel the rollout's rewards, then scale them."""
+        blocks, T = self.blocks, self.filled
+        if self.relabels:
+            rows = {k: blocks.read(k, lambda x: x[:, :T].flatten(1, 2)) for k in ("obs", "actions", "rewards", "ended", *self.envs.keys)}
+            for relabel in self.relabels.values():
+                rows = relabel(rows)
+            blocks.tensors["rewards"][:, :T] = rows["rewards"].view(self.part.seeds, T, -1)
+            self.update_relabels(rows)
+        if self.reward_scale is not None:
+            rewards, ended = blocks.arrays["rewards"], blocks.arrays["ended"]
+            for t in range(T):
+                rewards[:, t] = self.reward_scale(rewards[:, t], ended[:, t])
 
     def _final_values(self, cuts) -> None:
         """Values of the observations at which episodes were cut, in one batch."""
@@ -226,11 +243,11 @@ class OnPolicyLearner(ControlLearner):
     def batch(self) -> dict:
         """Everything the update needs, flat over time and environments: [S, T * N, ...]."""
         part, blocks, seeds, n, T = self.part, self.blocks, self.part.seeds, self.part.envs, self.filled
-        flat = lambda t: t[:, :T].flatten(1, 2).to(self.device)  # noqa: E731
+        flat = lambda t: t[:, :T].flatten(1, 2).to(self.device)
         obs, actions = blocks.read("obs", flat), flat(blocks.tensors["actions"])
         logps, values, entropies = [], [], []
         for piece in range(0, T * n, 8192):
-            cut = lambda x, p=piece: x[:, p : p + 8192]  # noqa: E731
+            cut = lambda x, p=piece: x[:, p : p + 8192]
             outputs, value_outputs = self.net.module(each(cut, obs))
             logp, entropy = self.head.score(outputs, cut(actions))
             logps.append(logp)
@@ -308,11 +325,13 @@ class OnPolicyLearner(ControlLearner):
             kl = float(approximate_kl(logp, mini["old"]).mean())
         metrics = {k: float(v.detach().mean()) for k, v in zip(("loss/policy", "loss/value"), last)}
         metrics |= {"entropy": self.mean_entropy, "kl": kl, "gradient_norm": norm, "updates": steps}
-        explained = float(explained_variance(batch["values"], batch["returns"]))
+        counted = batch["weights"] > 0 if "weights" in batch else ...
+        explained = float(explained_variance(batch["values"][counted], batch["returns"][counted])) if part.value_weight else float("nan")
         return metrics | ({"explained_variance": explained} if np.isfinite(explained) else {})
 
     def step(self) -> dict[str, float]:
         self.collect()
+        self.reward()
         metrics = self.improve(self.batch())
         return self.episode_metrics() | metrics
 

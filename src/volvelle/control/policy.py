@@ -62,7 +62,7 @@ class Policy:
             "normaliser": self.normaliser.state_dict() if self.normaliser is not None else None, "vocabulary": list(self.vocabulary.codes)})
 
     @classmethod
-    def load(cls, folder: str | Path, spec: Spec | None = None, where: str = "the task") -> "Policy":
+    def load(cls, folder: str | Path, spec: Spec | None = None, where: str = "the task") -> Policy:
         """Read what `save` wrote. `spec` is that of the task it shall act in: UserError if the policy was made for another."""
         folder = Path(folder)
         if not (folder / "state.json").is_file():

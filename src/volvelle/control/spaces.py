@@ -33,7 +33,7 @@ class Layout:
     categorical: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, space: gym.Space) -> "Layout":
+    def of(cls, space: gym.Space) -> Layout:
         """The layout of an encoded space (see envs.encoded): a Box, or a Dict of Boxes with "vector" and images."""
         found = space.spaces if isinstance(space, gym.spaces.Dict) else {"image" if is_image(space) else "vector": space}
         images = {k: tuple(s.shape) for k, s in found.items() if k != "vector"}
@@ -72,7 +72,7 @@ class Actions:
     plain: bool = True  # one discrete part without an axis of its own
 
     @classmethod
-    def of(cls, space: gym.Space) -> "Actions":
+    def of(cls, space: gym.Space) -> Actions:
         """The actions of a simple space: Discrete, MultiDiscrete or Box."""
         if isinstance(space, gym.spaces.Discrete):
             return cls((int(space.n),))
@@ -126,7 +126,7 @@ class Spec:
         return {"observations": {k: dict(v) if isinstance(v, dict) else v for k, v in vars(self.observations).items()}, "actions": dict(vars(self.actions))}
 
     @classmethod
-    def from_data(cls, data: dict[str, Any]) -> "Spec":
+    def from_data(cls, data: dict[str, Any]) -> Spec:
         o, a = data["observations"], data["actions"]
         return cls(Layout(o["vector"], {k: tuple(v) for k, v in o["images"].items()}, o["dtypes"], tuple(o["categorical"])),
                    Actions(tuple(a["codes"]), tuple(a["low"]), tuple(a["high"]), a["plain"]))
@@ -134,7 +134,7 @@ class Spec:
     def describe(self) -> str:
         return f"observations of {self.observations.describe()} and actions of {self.actions.describe()}"
 
-    def require(self, other: "Spec", who: str, where: str) -> None:
+    def require(self, other: Spec, who: str, where: str) -> None:
         """UserError when `who`, made for `other`, meets this task."""
         if (self.observations, self.actions) != (other.observations, other.actions):
             raise UserError(f"{who} was made for {other.describe()}; {where} has {self.describe()}")

@@ -33,26 +33,30 @@ class Streams:
         self.generators = [run.rng(name, first + i) for i in range(seeds)]
 
     @classmethod
-    def fixed(cls, name: str, numbers: Sequence[int]) -> "Streams":
+    def fixed(cls, name: str, numbers: Sequence[int]) -> Streams:
         """Streams outside any run, from plain numbers: for evaluation, which must leave the run's numbers alone."""
         made = cls.__new__(cls)
         made.generators = [np.random.default_rng([*name.encode(), n]) for n in numbers]
         return made
 
+    def _each(self, draw) -> np.ndarray:
+        generators = self.generators
+        return draw(generators[0])[None] if len(generators) == 1 else np.stack([draw(g) for g in generators])
+
     def normal(self, *shape: int) -> np.ndarray:
-        return np.stack([g.standard_normal(shape, np.float32) for g in self.generators])
+        return self._each(lambda g: g.standard_normal(shape, np.float32))
 
     def uniform(self, *shape: int) -> np.ndarray:
-        return np.stack([g.random(shape, np.float32) for g in self.generators])
+        return self._each(lambda g: g.random(shape, np.float32))
 
     def gumbel(self, *shape: int) -> np.ndarray:
-        return -np.log(np.stack([g.standard_exponential(shape, np.float32) for g in self.generators]) + 1e-20)
+        return -np.log(self._each(lambda g: g.standard_exponential(shape, np.float32)) + 1e-20)
 
     def integers(self, high: int, *shape: int) -> np.ndarray:
-        return np.stack([g.integers(high, size=shape) for g in self.generators])
+        return self._each(lambda g: g.integers(high, size=shape))
 
     def permutations(self, n: int) -> np.ndarray:
-        return np.stack([g.permutation(n) for g in self.generators])
+        return self._each(lambda g: g.permutation(n))
 
     def noise(self, head: Distribution, *shape: int) -> Tensor:
         """A block of what `head.sample` needs: [S, *shape, noise_width]."""

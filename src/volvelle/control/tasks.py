@@ -73,7 +73,7 @@ class Gym(ControlTask):
 class Atari(Gym):
     """An Atari game with the usual preprocessing: up to 30 no-ops, every 4th frame (maximum of the last two), 84x84 grey, 4 frames.
 
-    FIRE is pressed after a reset where the game wants it. While training, an episode is a life and rewards are cut to their sign.
+    FIRE is pressed where the game waits for it. While training, an episode is a life and rewards are cut to their sign.
     """
 
     id: str = "ALE/Pong-v5"
@@ -118,12 +118,29 @@ class Lives(gym.Wrapper):
 
 
 class FireReset(gym.Wrapper):
-    """Presses FIRE after a reset, for games that wait for it."""
+    """Presses FIRE after a reset and after the loss of a life, for games that wait for it."""
+
+    lives = 0
+
+    def fire(self):
+        return self.env.step(self.env.unwrapped.get_action_meanings().index("FIRE"))
 
     def reset(self, *, seed=None, options=None):
         self.env.reset(seed=seed, options=options)
-        observation, _, terminated, truncated, info = self.env.step(self.env.unwrapped.get_action_meanings().index("FIRE"))
-        return self.env.reset(seed=seed, options=options) if terminated or truncated else (observation, info)
+        observation, _, terminated, truncated, info = self.fire()
+        if terminated or truncated:
+            observation, info = self.env.reset(seed=seed, options=options)
+        self.lives = self.env.unwrapped.ale.lives()
+        return observation, info
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        left = self.env.unwrapped.ale.lives()
+        if left < self.lives and not (terminated or truncated):
+            observation, more, terminated, truncated, info = self.fire()
+            reward += more
+        self.lives = left
+        return observation, reward, terminated, truncated, info
 
 
 # ---------------------------------------------------------------------------------------------- environments made by the user

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import together
 from .errors import UserError
 from .files import read_json, read_lines
 from .launch import Job, run_jobs
@@ -100,20 +101,27 @@ def compare_arms(arms: dict[str, RunConfig], seeds: Sequence[int], folder: str |
                  progress: Callable | None = None) -> Comparison:
     """Run every arm with every seed (seed by seed, so that a broken comparison has complete pairs) and gather the results.
 
-    Runs that are there already are read back, broken ones resumed. UserError on no arms or repeated seeds.
+    With one local worker, an arm whose recipe can train several seeds as one model does so (see together.py). Runs that are there already
+    are read back, broken ones resumed. UserError on no arms or repeated seeds.
     """
     if not arms:
         raise UserError("compare: no arms; give at least one method")
     if len(set(seeds)) != len(seeds) or not len(seeds):
         raise UserError(f"compare: seeds {list(seeds)}; expected one or more different numbers")
     folder = Path(folder)
-    jobs = [Job(f"{arm}, seed {seed}", config.replace(seed=seed), folder / arm.replace("/", "-") / f"seed-{seed}")
-            for seed in seeds for arm, config in arms.items()]
-    where = {id(job): (arm, i) for job, (i, arm) in zip(jobs, ((i, arm) for i in range(len(seeds)) for arm in arms))}
+    places = {arm: folder / arm.replace("/", "-") for arm in arms}
+    whole = {arm for arm, config in arms.items() if backend == "local" and workers == 1 and together.possible(config, seeds, places[arm])}
+    planned = [(arm, 0, together.job(arm, arms[arm], seeds, places[arm])) for arm in arms if arm in whole]
+    planned += [(arm, i, Job(f"{arm}, seed {seed}", config.replace(seed=seed), places[arm] / f"seed-{seed}"))
+                for i, seed in enumerate(seeds) for arm, config in arms.items() if arm not in whole]
+    jobs, where = [job for *_, job in planned], {id(job): (arm, i) for arm, i, job in planned}
     results: dict[str, list] = {arm: [None] * len(seeds) for arm in arms}
     for n, (job, result) in enumerate(run_jobs(jobs, backend, workers)):
         arm, i = where[id(job)]
-        results[arm][i] = result
+        if arm in whole:
+            results[arm] = together.split(job, arms[arm], seeds, places[arm])
+        else:
+            results[arm][i] = result
         if progress:
             progress(n + 1, len(jobs), job.name)
     return Comparison(arms, list(seeds), folder, results)

@@ -63,7 +63,7 @@ class QLearning(OffPolicy):
 
 
 class QNetwork(Deciding):
-    """Outputs [S, B, actions, value.width]."""
+    """Outputs [S, B, actions * value.width]: the value head's numbers of every action, side by side."""
 
     def __init__(self, recipe: QLearning, spec: Spec, seeds: int):
         super().__init__()
@@ -76,11 +76,21 @@ class QNetwork(Deciding):
             self.net = Output(body, seeds, self.actions * recipe.value.width, recipe.network.init)
 
     def forward(self, x) -> Tensor:
-        return self.net(x).unflatten(-1, (self.actions, -1))
+        return self.net(x)
+
+    def read(self, outputs: Tensor) -> Tensor:
+        """Q [S, B, actions] of outputs."""
+        return self.head.value(outputs.unflatten(-1, (self.actions, -1)))
 
     def values(self, x) -> Tensor:
-        """Q [S, B, actions]."""
-        return self.head.value(self(x))
+        return self.read(self(x))
+
+    def pick(self, outputs: Tensor, actions: Tensor) -> Tensor:
+        """The outputs [S, B, width] of the given actions [S, B]."""
+        if outputs.shape[-1] == self.actions:
+            return outputs.gather(-1, actions.unsqueeze(-1))
+        apart = outputs.unflatten(-1, (self.actions, -1))
+        return apart.gather(-2, actions[..., None, None].expand(-1, -1, 1, apart.shape[-1])).squeeze(-2)
 
     def best(self, observations):
         return self.values(observations).argmax(-1)
@@ -128,10 +138,11 @@ class QAgent:
         """
         part = self.part
         with torch.no_grad():
-            following = self.target.module(batch["next_obs"])                                        # [S, B, A, width]
-            choosing = self.module.values(batch["next_obs"]) if part.double else part.value.value(following)
-            target = part.value.backup(pick(following, choosing.argmax(-1)), batch["rewards"], batch["discounts"])
-        outputs = pick(self.module(batch["obs"]), batch["actions"])
+            following = self.target.module(batch["next_obs"])
+            choosing = self.module(batch["next_obs"]) if part.double else following
+            best = self.module.pick(following, self.module.read(choosing).argmax(-1))
+            target = part.value.backup(best, batch["rewards"], batch["discounts"])
+        outputs = self.module.pick(self.module(batch["obs"]), batch["actions"])
         return part.value.loss(outputs, target), outputs.detach(), target
 
     def update(self, batch):
@@ -147,12 +158,6 @@ class QAgent:
 
     def errors(self, made):
         return (self.part.value.value(made["outputs"]) - made["target"]).abs() if self.part.value.scalar else made["losses"]
-
-
-def pick(outputs: Tensor, actions: Tensor) -> Tensor:
-    """The outputs [S, B, width] of the given actions [S, B], from [S, B, A, width]."""
-    index = actions[..., None, None].expand(-1, -1, 1, outputs.shape[-1])
-    return outputs.gather(-2, index).squeeze(-2)
 
 
 dqn = method("dqn", QLearning(

@@ -3,8 +3,8 @@
 Problem: off-policy learning of continuous control is data-efficient but brittle.
 Idea: maximise return plus alpha times the policy's entropy. Two critics learn the soft value; their minimum is the target and guides a tanh-
 Gaussian policy through the reparameterised action; alpha is tuned so that the entropy stays near -|A|.
-Pick it for continuous actions when environment steps are expensive; td3 is its deterministic sibling; sac-discrete is the form for discrete actions.
-Sources: arXiv 1812.05905; discrete: arXiv 1910.07207. Defaults are those of single-file implementations (critic lr 1e-3, the policy moves twice
+Pick it for continuous actions when environment steps are expensive; td3 is its deterministic sibling; sac-discrete is for discrete actions.
+Source: arXiv 1812.05905. Defaults are those of single-file implementations (critic lr 1e-3, the policy moves twice
 every 2nd step, log std through tanh into [-5, 2]); delay=1, critic.lr=3e-4, alpha_fresh=false, alpha_loss=log, critic_weight=0.5,
 head.low=-20 and head.smooth=false give the other common set.
 """
@@ -36,7 +36,7 @@ from ..valueheads import MSE, ValueHead
 
 
 @dataclass(frozen=True, eq=False)
-class _Soft(OffPolicy):
+class Soft(OffPolicy):
     """alpha: number, or none to tune it towards target_entropy; alpha_start: its first value; alpha_loss: gradient through "exp" (alpha) or "log".
 
     delay: the policy moves every so many updates, then as many times; critic_weight: factor of the sum of the critics' losses.
@@ -63,7 +63,7 @@ class _Soft(OffPolicy):
 
 
 @part("soft-actor-critic")
-class SAC(_Soft):
+class SAC(Soft):
     """target_entropy: none means minus the number of action dimensions; uniform random actions during the warm-up."""
 
     head: PolicyHead = Squashed()
@@ -101,10 +101,10 @@ class Actor(Deciding):
         return self.head.sample(outputs, streams.noise(self.head, outputs.shape[1]).to(outputs.device))
 
 
-class _SoftAgent:
+class SoftAgent:
     """Shared by both forms: the temperature, and the order of an update."""
 
-    def __init__(self, run, part: _Soft, spec, module: Deciding, extra: int, outputs: int, target_entropy: float):
+    def __init__(self, run, part: Soft, spec, module: Deciding, extra: int, outputs: int, target_entropy: float):
         seeds = part.seeds
         self.part, self.module, self.target_entropy, self.count = part, module, target_entropy, 0
         self.policy = make(run, "actor", module, part.actor_optimiser, seeds)
@@ -147,7 +147,7 @@ class _SoftAgent:
         return {"losses": losses.detach(), "norm": self.critics.net.step()}
 
 
-class SACAgent(_SoftAgent):
+class SACAgent(SoftAgent):
     """The algorithm for continuous actions."""
 
     def __init__(self, run, part: SAC, spec):
@@ -205,85 +205,4 @@ class SACAgent(_SoftAgent):
         return {"actor": loss.detach(), "logp": logp}
 
 
-# ---------------------------------------------------------------------------------------------- discrete actions
-
-@part("discrete-soft-actor-critic")
-class DiscreteSAC(_Soft):
-    """The target entropy is `entropy_share` times that of the uniform policy; all expectations over actions are exact."""
-
-    entropy_share: Annotated[float, Field(ge=0, le=1)] = 0.89
-
-    def actor(self, spec, seeds):
-        return DiscreteActor(self, spec, seeds)
-
-    def agent(self, run, spec):
-        return DiscreteSACAgent(run, self, spec)
-
-
-class DiscreteActor(Deciding):
-    def __init__(self, recipe: DiscreteSAC, spec, seeds: int):
-        super().__init__()
-        spec.actions.only("discrete", "sac-discrete")
-        self.actions = spec.actions.codes[0]
-        self.net = Output(recipe.network.build(spec.observations, seeds), seeds, self.actions, recipe.network.init)
-
-    def forward(self, x) -> Tensor:
-        """Log-probabilities [S, B, actions]."""
-        return self.net(x).log_softmax(-1)
-
-    def best(self, observations):
-        return self.net(observations).argmax(-1)
-
-    def explore(self, observations, streams):
-        logits = self.net(observations)
-        return (logits + torch.from_numpy(streams.gumbel(*logits.shape[1:])).to(logits.device)).argmax(-1)
-
-
-class DiscreteSACAgent(_SoftAgent):
-    def __init__(self, run, part: DiscreteSAC, spec):
-        module = part.actor(spec, part.seeds)
-        wanted = part.entropy_share * float(torch.tensor(float(module.actions)).log())
-        super().__init__(run, part, spec, module, 0, module.actions, wanted)
-
-    def noise(self, steps, envs):
-        gumbel = torch.from_numpy(self.exploring.gumbel(steps, envs, self.module.actions)).unbind(1)
-        return list(zip(gumbel, self.exploring.integers(self.module.actions, steps, envs).swapaxes(0, 1)))
-
-    def explore(self, observations, noise, env_steps):
-        gumbel, random = noise
-        if env_steps < self.part.warmup:
-            return random
-        logits = self.module.net(observations)
-        return (logits + gumbel.to(logits.device)).argmax(-1).cpu().numpy()
-
-    def update_critics(self, batch):
-        with torch.no_grad():
-            logps = self.module(batch["next_obs"])
-            value = self.critics.target_values(batch["next_obs"]).amin(1)                              # [S, B, A]
-            soft = (logps.exp() * (value - self.alpha.unsqueeze(-1) * logps)).sum(-1)
-            target = batch["rewards"] + batch["discounts"] * soft
-        outputs = self.critics.net(batch["obs"]).unflatten(-1, (self.module.actions, -1))              # [S * members, B, A, width]
-        actions = batch["actions"].repeat_interleave(self.part.critics, 0)[..., None, None].expand(-1, -1, 1, outputs.shape[-1])
-        chosen = outputs.gather(-2, actions).squeeze(-2)
-        values = self.part.value.value(chosen.detach()).unflatten(0, (self.part.seeds, self.part.critics))
-        return self._fit(self.critics.losses(chosen, target), batch) | {"values": lambda: values, "target": target}
-
-    def update_actor(self, batch):
-        with torch.no_grad():
-            value = self.critics.values(batch["obs"]).amin(1)
-        logps = self.module(batch["obs"])
-        p = logps.exp()
-        loss = (p * (self.alpha.unsqueeze(-1) * logps - value)).sum(-1).mean(-1)
-        self.policy.backward(loss)
-        self.policy.step()
-        negative_entropy = (p * logps).sum(-1).detach()
-        self.tune(negative_entropy.mean(-1) + self.target_entropy)
-        return {"actor": loss.detach(), "logp": negative_entropy}
-
-
 sac = method("sac", SAC(warmup=5000, replay=Uniform(capacity=1_000_000, batch=256)), title="soft actor-critic", source="arXiv 1812.05905")
-
-sac_discrete = method("sac-discrete", DiscreteSAC(
-    warmup=1000, every=4, delay=1, replay=Uniform(capacity=100_000, batch=64), critic_optimiser=Adam(lr=3e-4, eps=1e-4, clip=None),
-    actor_optimiser=Adam(lr=3e-4, eps=1e-4, clip=None), alpha_optimiser=Adam(lr=3e-4, eps=1e-4, clip=None), critic_weight=0.5),
-    title="soft actor-critic for discrete actions", source="arXiv 1910.07207")
