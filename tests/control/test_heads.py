@@ -60,7 +60,7 @@ def test_squashed_refuses_unbounded_and_discrete_actions():
 
 def test_gaussian_density_and_entropy():
     head = Gaussian().bind(WIDE)
-    outputs = tensor([0.5, -1.0, math.log(2.0), 0.0])
+    outputs = (tensor([0.5, -1.0]), tensor([math.log(2.0), 0.0]))
     reference = torch.distributions.Normal(tensor([0.5, -1.0]), tensor([2.0, 1.0]))
     action = tensor([1.7, 0.3])
     logp, entropy = head.score(outputs, action)
@@ -70,7 +70,10 @@ def test_gaussian_density_and_entropy():
 
 
 def test_gaussian_deviation_is_free_or_from_the_network():
-    assert Gaussian().bind(WIDE).free == 2 and Gaussian(std="state").bind(WIDE).free == 0
+    free, state = Gaussian().bind(WIDE), Gaussian(std="state").bind(WIDE)
+    assert (free.free, free.width, state.free, state.width) == (2, 2, 0, 4)
+    outputs, actions = tensor([[0.5, -1.0, 0.3, 0.1]]), tensor([[0.2, 0.4]])
+    assert torch.equal(free.log_prob((outputs[:, :2], outputs[:, 2:]), actions), state.log_prob(outputs, actions))
 
 
 def test_gumbel_samples_follow_the_softmax():
@@ -98,15 +101,15 @@ def test_categorical_scores_one_and_several_parts():
 
 def test_mixed_is_the_sum_of_its_parts():
     head = Mixed().bind(MIXED)
-    outputs = tensor([[0.5, 0.0, 1.0, -1.0, math.log(2.0)]])
+    outputs = (tensor([[0.5, 0.0, 1.0, -1.0]]), tensor([[math.log(2.0)]]))
     action = head.sample(outputs, noise(head, 1))
     logp, entropy = head.score(outputs, action)
     normal = torch.distributions.Normal(0.5, 2.0)
-    codes = torch.distributions.Categorical(logits=outputs[0, 1:4])
+    codes = torch.distributions.Categorical(logits=outputs[0][0, 1:])
     assert float(logp) == pytest.approx(float(normal.log_prob(action[0, 0]) + codes.log_prob(action[0, 1])), abs=1e-5)
     assert float(entropy) == pytest.approx(float(normal.entropy() + codes.entropy()), abs=1e-5)
     assert head.mode(outputs).tolist() == [[0.5, 1.0]]
-    assert head.free == 1 and head.width == 5
+    assert head.free == 1 and head.width == 4
 
 
 def test_auto_takes_what_fits():

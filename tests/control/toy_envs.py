@@ -14,7 +14,7 @@ class Counter(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.episode, self.t = self.episode + 1, 0
+        self.episode, self.t = self.episode + 1 if seed is None else 0, 0
         return self._observation(), {}
 
     def _observation(self):

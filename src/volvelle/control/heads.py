@@ -19,11 +19,15 @@ from volvelle.core.parts import Part, part
 from .spaces import Actions
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+Outputs = Tensor | tuple[Tensor, Tensor]
 
 
 class Distribution:
-    """A head bound to an action space. `width`: outputs it reads; `free`: how many of them, the last ones, are parameters of their own
-    (the same in every state) with the initial values `start`; `noise`: "gumbel" or "normal", `noise_width` numbers per action.
+    """A head bound to an action space. `width`: outputs of the network it reads, [..., width]; `noise`: "gumbel" or "normal",
+    `noise_width` numbers per action.
+
+    A head with `free` > 0 also has that many parameters of its own, the same in every state, that start at `start`; its outputs are then
+    the pair (network outputs, parameters [S, 1, free]).
     """
 
     width: int = 0
@@ -32,21 +36,22 @@ class Distribution:
     noise: str = "normal"
     noise_width: int = 0
 
-    def sample(self, outputs: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, outputs: Outputs, noise: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def mode(self, outputs: Tensor) -> Tensor:
+    def mode(self, outputs: Outputs) -> Tensor:
         raise NotImplementedError
 
-    def log_prob(self, outputs: Tensor, actions: Tensor) -> Tensor:
-        return self.score(outputs, actions)[0]
-
-    def entropy(self, outputs: Tensor) -> Tensor:
+    def log_prob(self, outputs: Outputs, actions: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def score(self, outputs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability of the actions, and the entropy, both [...]."""
+    def entropy(self, outputs: Outputs) -> Tensor:
+        """[...], or broadcasting to it."""
         raise NotImplementedError
+
+    def score(self, outputs: Outputs, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of the actions, and the entropy."""
+        return self.log_prob(outputs, actions), self.entropy(outputs)
 
     def draw(self, outputs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """A reparameterised sample with its log-probability."""
@@ -83,6 +88,11 @@ class Categories(Distribution):
         logps = [part.log_softmax(-1) for part in outputs.split(self.codes, -1)]
         return sum(-(p.exp() * p).sum(-1) for p in logps)
 
+    def log_prob(self, outputs, actions):
+        if self.plain:
+            return outputs.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        return self.score(outputs, actions)[0]
+
     def score(self, outputs, actions):
         if self.plain:
             logps = outputs.log_softmax(-1)
@@ -112,23 +122,26 @@ class Normal(Distribution):
 
     def __init__(self, size: int, start: float, state: bool):
         self.size, self.start = size, start
-        self.width, self.free, self.noise_width = 2 * size, 0 if state else size, size
+        self.width, self.free, self.noise_width = (2 * size, 0, size) if state else (size, size, size)
+
+    def parts(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation."""
+        return outputs if isinstance(outputs, tuple) else outputs.chunk(2, -1)
 
     def sample(self, outputs, noise):
-        mean, log_std = outputs.chunk(2, -1)
+        mean, log_std = self.parts(outputs)
         return torch.addcmul(mean, log_std.exp(), noise)
 
     def mode(self, outputs):
-        return outputs[..., : self.size]
+        return self.parts(outputs)[0]
 
     def entropy(self, outputs):
-        return outputs[..., self.size :].sum(-1) + self.size * (0.5 + HALF_LOG_TWO_PI)
+        return self.parts(outputs)[1].sum(-1) + self.size * (0.5 + HALF_LOG_TWO_PI)
 
-    def score(self, outputs, actions):
-        mean, log_std = outputs.chunk(2, -1)
+    def log_prob(self, outputs, actions):
+        mean, log_std = self.parts(outputs)
         z = (actions - mean) * (-log_std).exp()
-        spread = log_std.sum(-1)
-        return -0.5 * z.square().sum(-1) - spread - self.size * HALF_LOG_TWO_PI, spread + self.size * (0.5 + HALF_LOG_TWO_PI)
+        return z.square().sum(-1) * -0.5 - (log_std.sum(-1) + self.size * HALF_LOG_TWO_PI)
 
 
 @part("gaussian")
@@ -181,13 +194,12 @@ class Squash(Distribution):
     def mode(self, outputs):
         return outputs[..., : self.size].tanh() * self.scale + self.bias
 
-    def score(self, outputs, actions):
+    def log_prob(self, outputs, actions):
         mean, log_std = self.split(outputs)
         squashed = ((actions - self.bias) / self.scale).clamp(-1 + 1e-6, 1 - 1e-6)
         z = (squashed.atanh() - mean) * (-log_std).exp()
         terms = -0.5 * z.square() - log_std - (self.scale * (1 - squashed.square()) + self.EPS).log()
-        logp = terms.sum(-1) - self.size * HALF_LOG_TWO_PI
-        return logp, -logp  # the entropy has no closed form; this is its one-sample estimate
+        return terms.sum(-1) - self.size * HALF_LOG_TWO_PI
 
 
 @part("squashed")
@@ -216,33 +228,30 @@ class Both(Distribution):
     noise = "mixed"
 
     def __init__(self, normal: Normal, codes: Categories):
-        self.normal, self.codes = normal, codes
+        self.normal, self.codes, self.split = normal, codes, normal.size
         self.width, self.free, self.start = normal.width + codes.width, normal.free, normal.start
         self.noise_width = normal.noise_width + codes.noise_width
-        self.split = normal.size
 
-    def _parts(self, outputs):
-        """Means, then logits, then (last, as they may be free) log standard deviations."""
-        mean, logits, log_std = outputs.split([self.split, self.codes.width, self.split], -1)
-        return torch.cat([mean, log_std], -1), logits
+    def parts(self, outputs: Outputs) -> tuple[Outputs, Tensor]:
+        """What the continuous and the discrete part read."""
+        made, free = outputs
+        return (made[..., : self.split], free), made[..., self.split :]
 
     def sample(self, outputs, noise):
-        normal, logits = self._parts(outputs)
-        return torch.cat([self.normal.sample(normal, noise[..., : self.split]), self.codes.sample(logits, noise[..., self.split :]).to(outputs.dtype)], -1)
+        normal, logits = self.parts(outputs)
+        return torch.cat([self.normal.sample(normal, noise[..., : self.split]), self.codes.sample(logits, noise[..., self.split :]).to(noise.dtype)], -1)
 
     def mode(self, outputs):
-        normal, logits = self._parts(outputs)
-        return torch.cat([self.normal.mode(normal), self.codes.mode(logits).to(outputs.dtype)], -1)
+        normal, logits = self.parts(outputs)
+        return torch.cat([self.normal.mode(normal), self.codes.mode(logits).to(logits.dtype)], -1)
 
     def entropy(self, outputs):
-        normal, logits = self._parts(outputs)
+        normal, logits = self.parts(outputs)
         return self.normal.entropy(normal) + self.codes.entropy(logits)
 
-    def score(self, outputs, actions):
-        normal, logits = self._parts(outputs)
-        a, b = self.normal.score(normal, actions[..., : self.split])
-        c, d = self.codes.score(logits, actions[..., self.split :])
-        return a + c, b + d
+    def log_prob(self, outputs, actions):
+        normal, logits = self.parts(outputs)
+        return self.normal.log_prob(normal, actions[..., : self.split]) + self.codes.log_prob(logits, actions[..., self.split :])
 
 
 @part("mixed")

@@ -115,7 +115,8 @@ class ControlLearner:
         return {"policy": self.policy()}
 
     def evaluate(self) -> dict[str, float]:
-        task, how = self.run.config.task, self.run.config.recipe.evaluation
+        config = self.evaluated if self.evaluated is not None else self.run.config
+        task, how = config.task, config.recipe.evaluation
         key = (task, how.episodes)
         if key not in self.evaluators:
             self.evaluators[key] = Evaluator(task, self.part.seeds, how.episodes, self.vocabulary, self.run.reporter)
@@ -127,6 +128,7 @@ class ControlLearner:
         return found
 
     loaded: Policy | None = None
+    evaluated: Any = None
 
     def evaluate_as(self, config, best: Path | None) -> None:
         """Evaluate from now on what `config` says, with the policy kept in `best` if given. UserError if the task does not fit the policy."""
@@ -134,6 +136,7 @@ class ControlLearner:
             raise UserError(f"task {config.task.label()} belongs to the {config.task.wing} wing; this run acts in environments")
         spec = probe(config.task, self.vocabulary.copy())
         spec.require(self.spec, f"the policy of {self.run.folder}", config.task.label())
+        self.evaluated = config
         if best is not None:
             self.loaded = Policy.load(best / "policy", spec, config.task.label())
 

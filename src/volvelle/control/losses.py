@@ -24,8 +24,8 @@ def standardise(advantages: Tensor, weights: Tensor | None = None, eps: float = 
 
 def clipped_surrogate(logp: Tensor, old: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """PPO's pessimistic surrogate (arXiv 1707.06347), per item: max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip))."""
-    ratio = (logp - old).exp()
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    ratio, costs = (logp - old).exp(), -advantages
+    return torch.maximum(costs * ratio, costs * ratio.clamp(1 - clip, 1 + clip))
 
 
 def approximate_kl(logp: Tensor, old: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from .spaces import Layout, Observation
 Width = Annotated[int, Field(gt=0)]
 Initial = Literal["torch", "orthogonal", "fan-avg"]
 Activation = Literal["tanh", "relu", "gelu", "silu"]
-ACTIVATIONS = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+# tanh and relu need only their result to be differentiated, so they may overwrite what the linear layer has just made
+ACTIVATIONS = {"tanh": torch.tanh_, "relu": torch.relu_, "gelu": F.gelu, "silu": F.silu}
 
 
 def repeat(x: Observation, members: int) -> Observation:

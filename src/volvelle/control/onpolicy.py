@@ -19,7 +19,7 @@ from .buffers import Blocks, observation_fields
 from .speed import compiled
 from .credit import GAE, Advantage, Objective, PolicyGradient, Rollout, explained_variance
 from .envs import each
-from .heads import Auto, Distribution, PolicyHead
+from .heads import Auto, Distribution, Outputs, PolicyHead
 from .learner import ControlLearner, ControlRecipe, Count, NonNegative, Positive
 from .losses import approximate_kl, clipped_value_error, standardise, weighted_mean
 from .networks import MLP, Linear, Network, Output
@@ -87,32 +87,30 @@ class OnPolicy(ControlRecipe):
 
 
 class ActorCritic(Deciding):
-    """Policy outputs [S, N, head.width] and value outputs [S, N, value.width]; free parameters of the head (log std) are its own."""
+    """Outputs of the policy, as its head reads them, and of the value [S, N, value.width]; the head's free parameters (log std) are here."""
 
     def __init__(self, recipe: OnPolicy, spec: Spec, seeds: int):
         super().__init__()
         self.head: Distribution = recipe.head.bind(spec.actions)
         how = recipe.network.init
-        outputs = self.head.width - self.head.free
         body = recipe.network.build(spec.observations, seeds)
-        self.policy_net = Output(body, seeds, outputs, how, 0.01 if how == "orthogonal" else 1.0)
+        self.policy_net = Output(body, seeds, self.head.width, how, 0.01 if how == "orthogonal" else 1.0)
         if recipe.shared:
             self.value_net, self.value_out = None, Linear(seeds, body.width, recipe.value.width, how)
         else:
             self.value_net, self.value_out = Output(recipe.network.build(spec.observations, seeds), seeds, recipe.value.width, how), None
         self.free = nn.Parameter(torch.full((seeds, 1, self.head.free), self.head.start)) if self.head.free else None
 
-    def _with_free(self, outputs: Tensor) -> Tensor:
-        return outputs if self.free is None else torch.cat([outputs, self.free.expand(-1, outputs.shape[1], -1)], -1)
+    def policy(self, x) -> Outputs:
+        outputs = self.policy_net(x)
+        return outputs if self.free is None else (outputs, self.free)
 
-    def policy(self, x) -> Tensor:
-        return self._with_free(self.policy_net(x))
-
-    def forward(self, x) -> tuple[Tensor, Tensor]:
+    def forward(self, x) -> tuple[Outputs, Tensor]:
         if self.value_out is None:
             return self.policy(x), self.value_net(x)
         features = self.policy_net.body(x)
-        return self._with_free(self.policy_net.out(features)), self.value_out(features)
+        outputs = self.policy_net.out(features)
+        return outputs if self.free is None else (outputs, self.free), self.value_out(features)
 
     def values(self, x) -> Tensor:
         return self.value_net(x) if self.value_out is None else self.value_out(self.policy_net.body(x))
@@ -122,7 +120,12 @@ class ActorCritic(Deciding):
 
     def explore(self, observations, streams: Streams):
         outputs = self.policy(observations)
-        return self.head.sample(outputs, streams.noise(self.head, outputs.shape[1]).to(outputs.device))
+        count, device = next(iter(observations.values())).shape[1] if isinstance(observations, dict) else observations.shape[1], self.device
+        return self.head.sample(outputs, streams.noise(self.head, count).to(device))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
 
 class OnPolicyLearner(ControlLearner):
@@ -225,11 +228,13 @@ class OnPolicyLearner(ControlLearner):
         part, blocks, seeds, n, T = self.part, self.blocks, self.part.seeds, self.part.envs, self.filled
         flat = lambda t: t[:, :T].flatten(1, 2).to(self.device)  # noqa: E731
         obs, actions = blocks.read("obs", flat), flat(blocks.tensors["actions"])
-        logps, values = [], []
+        logps, values, entropies = [], [], []
         for piece in range(0, T * n, 8192):
             cut = lambda x, p=piece: x[:, p : p + 8192]  # noqa: E731
             outputs, value_outputs = self.net.module(each(cut, obs))
-            logps.append(self.head.log_prob(outputs, cut(actions)))
+            logp, entropy = self.head.score(outputs, cut(actions))
+            logps.append(logp)
+            entropies.append(entropy.expand_as(logp))
             values.append(self.value.value(value_outputs))
         logp, value = torch.cat(logps, 1), torch.cat(values, 1)
         last = self.value.value(self.net.module.values(as_tensors(self.obs, self.device)))
@@ -240,15 +245,16 @@ class OnPolicyLearner(ControlLearner):
                 "returns": returns.flatten(1, 2).contiguous()}
         if part.whole_episodes:
             made["weights"] = time["valid"].flatten(1, 2).float()
+        self.mean_entropy = float(weighted_mean(torch.cat(entropies, 1), made.get("weights")).mean())
         return made
 
     # ---- improve
 
-    def _loss(self, batch: dict) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Loss per seed [S], and its policy, value and entropy parts [S] with the log-probabilities [S, B]."""
+    def _loss(self, batch: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss per seed [S], its policy and value parts [S], and the log-probabilities [S, B]."""
         part, weights = self.part, batch.get("weights")
         outputs, value_outputs = self.net.module(batch["obs"])
-        logp, entropy = self.head.score(outputs, batch["actions"])
+        logp = self.head.log_prob(outputs, batch["actions"])
         if part.normalise_advantages:
             batch = {**batch, "advantages": standardise(batch["advantages"], weights)}
         policy = weighted_mean(self.objective(logp, batch), weights)
@@ -256,8 +262,11 @@ class OnPolicyLearner(ControlLearner):
             errors = clipped_value_error(self.value.value(value_outputs), batch["values"], batch["returns"], part.value_clip)
         else:
             errors = self.value.loss(value_outputs, batch["returns"])
-        value, entropy = weighted_mean(errors, weights), weighted_mean(entropy, weights)
-        return policy + part.value_weight * value - self.entropy_weight * entropy, policy, value, entropy, logp
+        value = weighted_mean(errors, weights)
+        loss = torch.add(policy, value, alpha=part.value_weight)
+        if part.entropy != 0.0:
+            loss = loss - self.entropy_weight * weighted_mean(self.head.entropy(outputs).expand_as(logp), weights)
+        return loss, policy, value, logp
 
     def minibatches(self, batch: dict):
         """One shuffled pass over the batch. Rows are gathered once per pass; minibatches are slices of that."""
@@ -297,8 +306,8 @@ class OnPolicyLearner(ControlLearner):
                 break
         with torch.no_grad():
             kl = float(approximate_kl(logp, mini["old"]).mean())
-        names = ("loss/policy", "loss/value", "entropy")
-        metrics = {k: float(v.detach().mean()) for k, v in zip(names, last)} | {"kl": kl, "gradient_norm": norm, "updates": steps}
+        metrics = {k: float(v.detach().mean()) for k, v in zip(("loss/policy", "loss/value"), last)}
+        metrics |= {"entropy": self.mean_entropy, "kl": kl, "gradient_norm": norm, "updates": steps}
         explained = float(explained_variance(batch["values"], batch["returns"]))
         return metrics | ({"explained_variance": explained} if np.isfinite(explained) else {})
 

@@ -11,7 +11,6 @@ import numpy as np
 from .errors import UserError
 from .files import read_json, read_lines
 from .launch import Job, run_jobs
-from .parts import to_config
 from .run import RunConfig, config_data
 from .statistics import Outcome, mean_interval, paired
 
@@ -80,8 +79,8 @@ class Comparison:
             final = {m: self.values[name][m] for m in (metrics or wanted) if m in self.values[name]}
             arms.append(ArmData(name, self.seeds, final, _main_curves(self.curves(name), metrics), self.samples(name), config_data(config)))
         first = next(iter(self.arms.values()))
-        setting = {"task": first.task.label() if first.task else "", "model": to_config(first.model) if first.model else "", "steps": first.steps}
-        setting = {k: (", ".join(f"{a}={b}" for a, b in v.items()) if isinstance(v, dict) else v) for k, v in setting.items() if v != ""}
+        setting = {"task": first.task.label() if first.task else "", "model": " ".join((first.model.part_name, getattr(first.model, "path", ""))).strip() if first.model else "", "steps": first.steps}
+        setting = {k: v for k, v in setting.items() if v != ""}
         path = self.run_folder(next(iter(self.arms)), self.seeds[0]) / "environment.json"
         environment = read_json(path) if path.exists() else {}
         return write_report(self.folder / "report.html", title, arms, setting=setting, says=says, outcomes=outcomes, environment=environment)

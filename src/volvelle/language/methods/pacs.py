@@ -15,6 +15,10 @@ The paper's reference is fixed and now and then reset to the policy, the optimis
 (without resets psi saturates). The released code takes the policy at the start of every batch and keeps the optimiser: the default. That code never
 clips the gradient; here it is clipped at 1 as everywhere (`updates.optimiser.clip=none`). Differentiating the paper's expectation gives a second
 term, the loss times grad log p, which the code leaves out: `actor` (default 0), an estimate that is right at the first update of a batch.
+
+Measured on prompt trees, five seeds: neither better nor worse than GRPO at one or 64 attempts, with one winner (the claim) or four (tried besides);
+the balanced weights change nothing there. More different winners than GRPO at beta 10, fewer at the paper's 1: with three tokens the residuals
+do not vanish at 1.
 """
 
 from __future__ import annotations
