@@ -15,6 +15,8 @@ No division by a deviation; the loss is a sum over tokens divided by responses a
 The released code divides advantages by 8192 and averages token sums over responses, which is the same; `objective.length` (none: the
 sampler's cap) is that number. It discounts opposite halves for the two metrics, the long one and the low-entropy one: `discount` says which.
 The metric is taken at sampling time, from the distribution that the tokens were drawn from.
+
+Measured here (docs/methods/canon.md): both directions and the dial alpha show on a small task; a gain in accuracy does not.
 """
 
 from __future__ import annotations
