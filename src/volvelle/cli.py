@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table  # noqa: E402
 
 from volvelle import cli_control, cli_language  # noqa: E402
-from volvelle.core import verbs  # noqa: E402
+from volvelle.core import processes, verbs  # noqa: E402
 from volvelle.core.errors import RunStopped, UserError  # noqa: E402
 
 app = typer.Typer(name="volvelle", no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=True,
@@ -86,6 +86,11 @@ def _with_reward(overrides: list[str] | None, reward: str | None) -> list[str]:
     return [*(overrides or []), *([f"reward={reward}"] if reward else [])]
 
 
+def _without_processes(arguments: list[str]) -> list[str]:
+    at = next(i for i, a in enumerate(arguments) if a.startswith("--processes"))
+    return arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2):]
+
+
 @app.command()
 def train(method: Annotated[Optional[str], typer.Argument(help="a method (see `volvelle methods`); not needed with --resume")] = None, overrides: Overrides = None,
           task: TaskOption = None, model: ModelOption = None,
@@ -100,6 +105,7 @@ def train(method: Annotated[Optional[str], typer.Argument(help="a method (see `v
           dtype: Annotated[Optional[str], typer.Option(help="float32 or bfloat16 (autocast)")] = None,
           compiled: Annotated[Optional[bool], typer.Option("--compile/--no-compile")] = None,
           track: Annotated[Optional[list[str]], typer.Option(help="tensorboard, wandb, mlflow, trackio")] = None,
+          several: Annotated[int, typer.Option("--processes", min=1, help="processes that share the work (language recipes); torchrun works too")] = 1,
           allow_code: AllowCode = None, as_json: Json = False) -> None:
     """Train a policy.
 
@@ -110,9 +116,14 @@ def train(method: Annotated[Optional[str], typer.Argument(help="a method (see `v
     options = {k: v for k, v in given.items() if v is not None}
     if resume is not None and (method or overrides or task or model or reward):
         raise UserError("--resume takes the configuration from the run; leave out method, task, model, reward and overrides")
-    with progress("training") as tell:
+    if several > 1 and processes.processes().count == 1:
+        sys.exit(processes.launch(_without_processes(sys.argv[1:]), several))
+    first = processes.processes().first
+    with progress("training") if first else contextlib.nullcontext() as tell:
         made = verbs.train(method, task, model, overrides=_with_reward(overrides, reward), folder=folder, resume=resume, allow_code=tuple(allow_code or ()),
                            progress=tell, reporter=lambda line: print(line, file=sys.stderr, flush=True), **options)
+    if not first:
+        return
     page = verbs.report(made.folder, tuple(allow_code or ()))
     if as_json:
         print(json.dumps({"folder": str(made.folder), **made.result}))

@@ -18,6 +18,7 @@ import torch
 from .errors import RunStopped, UserError, unknown
 from .files import read_json, read_yaml
 from .parts import annotations_of, from_config, walk
+from .processes import alone
 from .registry import registry
 from .run import RunConfig, config_data, read_config, unportable
 from .trainer import train_config
@@ -71,6 +72,7 @@ def run_jobs(jobs: list[Job], backend: str = "local", workers: int = 1, progress
     """
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
+    alone("a comparison")
     if backend == "local" and workers == 1:
         for job in jobs:
             with _named(job):

@@ -24,8 +24,9 @@ from pydantic import Field
 from .errors import RunStopped, UserError, unknown
 from .files import read_lines, read_yaml, write_json, write_text, write_yaml
 from .parts import Call, Part, Recipe, annotations_of, from_config, permitted, to_config, walk
+from .processes import processes
 from .registry import registry
-from .state import encode_rng, restore_rng
+from .state import encode_rng, own_numbers, restore_rng
 from .tasks import Model, Task
 from .trainable import Lagged, Optimiser, Trainable
 
@@ -97,7 +98,7 @@ def read_config(path: str | Path, allow_code: tuple[str, ...] = (), look: bool =
 
 def pick_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(f"cuda:{processes().local_rank}" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -111,6 +112,7 @@ class Run:
 
     def __init__(self, config: RunConfig, folder: Path):
         self.config, self.folder, self.seed = config, Path(folder), config.seed
+        self.processes = processes()
         self.device = pick_device(config.device)
         self.step = 0
         self.live: dict[str, Any] = {}
@@ -153,6 +155,10 @@ class Run:
         if key not in self._rngs:
             self._rngs[key] = torch.Generator().manual_seed(self._seed_for(name, seed))
         return self._rngs[key]
+
+    def own_numbers(self):
+        """Context: in each of several processes the generators give numbers of that process's own; afterwards they agree again."""
+        return own_numbers(self._rngs, self.processes.rank, self.processes.count)
 
     def _model_path(self, name: str) -> str:
         path = f"{self._path}.{name}".lstrip(".")
@@ -228,12 +234,12 @@ class Run:
         self._pending_samples += rows
 
     def flush_samples(self, step: int) -> None:
-        if self._pending_samples:
+        if self._pending_samples and self.processes.first:
             append(self.folder / "samples.jsonl", [{"step": step, **row} for row in self._pending_samples])
-            self._pending_samples.clear()
+        self._pending_samples.clear()
 
     def begin(self) -> None:
-        """Make the folder. Called only when everything could be started."""
+        """Make the folder. Called only when everything could be started, and in the first process."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._describe()
@@ -283,5 +289,5 @@ def environment(run: Run) -> dict:
             versions[name] = version(name)
     here = Path(__file__).parent
     found = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {"versions": versions, "seed": run.seed, "threads": torch.get_num_threads(), "device": str(run.device),
+    return {"versions": versions, "seed": run.seed, "threads": torch.get_num_threads(), "processes": run.processes.count, "device": str(run.device),
             "platform": platform.platform(), "revision": found.stdout.strip() if found.returncode == 0 else None}

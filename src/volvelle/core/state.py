@@ -7,6 +7,7 @@ booleans and None. Anything else is refused by its path.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -120,3 +121,26 @@ def restore_rng(generator: torch.Generator | np.random.Generator, state: dict) -
         generator.set_state(torch.frombuffer(raw, dtype=torch.uint8).clone())
     else:
         generator.bit_generator.state = json.loads(state["numpy"])
+
+
+@contextlib.contextmanager
+def own_numbers(generators: dict[str, torch.Generator | np.random.Generator], rank: int, count: int):
+    """Each of `count` processes gets numbers of its own from the named generators; afterwards all have moved on by one draw, alike."""
+    if count == 1:
+        yield
+        return
+    after = {}
+    for name, generator in generators.items():
+        if isinstance(generator, torch.Generator):
+            seed = int(torch.randint(2**62, (), generator=generator))
+            after[name] = encode_rng(generator)
+            generator.manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0]))
+        else:
+            seed = int(generator.integers(2**62))
+            after[name] = encode_rng(generator)
+            generator.bit_generator.state = type(generator.bit_generator)([seed, rank]).state
+    yield
+    if new := set(generators) - set(after):
+        raise RuntimeError(f"the generator {sorted(new)[0]!r} was first asked for while work was dealt out; ask for it in start()")
+    for name, state in after.items():
+        restore_rng(generators[name], state)

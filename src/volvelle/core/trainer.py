@@ -20,13 +20,15 @@ import torch
 
 from .errors import RunStopped, UserError
 from .files import directory, read_lines, write_json
+from .processes import alone, processes
 from .run import Run, RunConfig, append
 from .state import fingerprint, load_state, save_state
 from .tracking import clients, open_trackers
 
 
 class Learner(Protocol):
-    """What a recipe's `start(run)` returns. `size` (number of trained parameters) decides the default thread count."""
+    """What a recipe's `start(run)` returns. `size` (number of trained parameters) decides the default thread count; `in_processes`: its
+    work can be dealt to several processes."""
 
     def step(self) -> dict[str, float]:
         """One period; returns metrics (undefined ones left out). May leave the policy as it is."""
@@ -72,6 +74,8 @@ def start(config: RunConfig, folder: Path) -> tuple[Run, Any]:
     clients(config)
     run = Run(config, folder)
     run.learner = config.recipe.start(run)
+    if not getattr(run.learner, "in_processes", False):
+        alone(f"a recipe of the {config.recipe.wing} wing")
     return run, run.learner
 
 
@@ -79,7 +83,7 @@ def train_config(config: RunConfig, folder: str | Path, resume: bool = False, pr
                  reporter: Callable[[str], None] | None = None) -> Trained:
     """Train what `config` describes in `folder`. `progress(step, steps, metrics)` is called after every step."""
     folder = Path(folder)
-    if not resume and (folder / "config.yaml").exists():
+    if processes().same(not resume and (folder / "config.yaml").exists()):
         raise UserError(f"{folder}: holds a run already; resume it, or name another folder")
     run, learner = start(config, folder)
     if reporter:
@@ -103,16 +107,24 @@ def _state(run: Run, learner: Learner) -> dict:
 
 
 def save_checkpoint(run: Run, learner: Learner) -> Path:
-    """Write checkpoints/step-NNNNNN and drop older ones once it is in place."""
+    """Write checkpoints/step-NNNNNN and drop older ones once it is in place. RunStopped if several processes no longer hold the same."""
     if hasattr(learner, "before_checkpoint"):
         learner.before_checkpoint()
     path = run.folder / "checkpoints" / f"step-{run.step:06d}"
+    if run.processes.count > 1 and len(set(run.processes.gather([fingerprint(_state(run, learner))]))) > 1:
+        raise RunStopped("the processes no longer hold the same state; a part that draws or counts for itself must do so from gathered batches")
+    if run.processes.first:
+        _write_checkpoint(run, learner, path)
+    run.processes.same(None)  # nobody goes on before it is there
+    return path
+
+
+def _write_checkpoint(run: Run, learner: Learner, path: Path) -> None:
     with directory(path) as folder:
         save_state(folder, _state(run, learner))
     for old in checkpoints(run.folder):
         if old != path:
             shutil.rmtree(old)
-    return path
 
 
 def _evaluate(run: Run, learner: Learner) -> dict[str, float]:
@@ -130,7 +142,7 @@ def _finite(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _fit(run: Run, learner: Learner, resume: bool, progress: Callable) -> Trained:
-    config, began = run.config, time.monotonic()
+    config, began, first = run.config, time.monotonic(), run.processes.first
     metric = f"eval/{config.task.metric}" if config.task else None
     last: Path | None = None
     now = 0  # the step that is being made
@@ -139,16 +151,18 @@ def _fit(run: Run, learner: Learner, resume: bool, progress: Callable) -> Traine
             last = checkpoints(run.folder)[-1]
             load_checkpoint(run, learner, last)
             now = run.step
-            run.resume()
+            if first:
+                run.resume()
         else:
             fingerprint(_state(run, learner))  # state that no checkpoint can hold is told before anything is written
-            run.begin()
+            if first:
+                run.begin()
             last = save_checkpoint(run, learner)
             if fingerprint(load_state(last)) != fingerprint(_state(run, learner)):
                 raise RunStopped("the checkpoint written at step 0 does not read back as it was")
-        if not read_lines(run.folder / "metrics.jsonl"):
+        if run.processes.same(not read_lines(run.folder / "metrics.jsonl")):
             _log(run, _evaluate(run, learner))
-        with open_trackers(config, run.folder) as track:
+        with open_trackers(config if first else config.replace(track=()), run.folder) as track:
             while run.step < config.steps and not getattr(learner, "finished", False):
                 clock, now = time.monotonic(), run.step + 1
                 metrics = _finite({k: float(v) for k, v in learner.step().items()}) | {"time/step": time.monotonic() - clock}
@@ -162,7 +176,9 @@ def _fit(run: Run, learner: Learner, resume: bool, progress: Callable) -> Traine
                 if done or (config.checkpoint_every and run.step % config.checkpoint_every == 0):
                     last = save_checkpoint(run, learner)
                 progress(run.step, config.steps, metrics)
-        result = _result(run, time.monotonic() - began)
+        result = run.processes.same(_result(run, time.monotonic() - began) if first else None)
+        if not first:
+            return Trained(run.folder, result, learner)
         for name, made in learner.product().items():
             if hasattr(made, "save"):
                 with directory(run.folder / name) as folder:
@@ -171,8 +187,11 @@ def _fit(run: Run, learner: Learner, resume: bool, progress: Callable) -> Traine
     except RunStopped as error:
         with contextlib.suppress(OSError):
             run.flush_samples(now)
-            if error.intact:
-                last = save_checkpoint(run, learner)
+            if error.intact and first:
+                last = run.folder / "checkpoints" / f"step-{run.step:06d}"
+                if hasattr(learner, "before_checkpoint"):
+                    learner.before_checkpoint()
+                _write_checkpoint(run, learner, last)
         raise RunStopped(f"step {now}: {error}; last good checkpoint: {last or 'none'}") from error
     except Exception as error:  # safetensors tells of a full disk in an exception of its own
         cause = next((e for e in DISK if getattr(error, "errno", None) == e or f"os error {e})" in str(error)), None)
@@ -184,14 +203,15 @@ def _fit(run: Run, learner: Learner, resume: bool, progress: Callable) -> Traine
 
 
 def _log(run: Run, metrics: dict[str, float]) -> None:
-    append(run.folder / "metrics.jsonl", [{"step": run.step, **metrics}])
+    if run.processes.first:
+        append(run.folder / "metrics.jsonl", [{"step": run.step, **metrics}])
     run.flush_samples(run.step)
 
 
 def _keep_best(run: Run, learner: Learner, metric: str | None, metrics: dict[str, float]) -> None:
     """Export the product to best/ when the task's metric is higher than in every earlier evaluation."""
     earlier = [r[metric] for r in read_lines(run.folder / "metrics.jsonl") if metric in r]
-    if metric not in metrics or not earlier or metrics[metric] <= max(earlier):
+    if not run.processes.first or metric not in metrics or not earlier or metrics[metric] <= max(earlier):
         return
     with directory(run.folder / "best") as folder:
         for name, made in learner.product().items():

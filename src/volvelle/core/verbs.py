@@ -13,6 +13,7 @@ from .comparing import Comparison, compare_arms
 from .errors import UserError
 from .files import read_json, read_lines
 from .parts import Recipe, coerce, parse_overrides
+from .processes import processes
 from .registry import Method, registry
 from .run import RunConfig, read_config
 from .tasks import Model, Task
@@ -88,7 +89,7 @@ def train(method: str | Recipe | None = None, task=None, model=None, *, override
     if method is None:
         raise UserError("train: no method; give one, for example grpo, or resume=RUN")
     config = configure(method, task, model, overrides, **options)
-    return train_config(config, folder or fresh_folder(config), False, progress, reporter)
+    return train_config(config, folder or processes().same(fresh_folder(config)), False, progress, reporter)
 
 
 def open_run(folder: str | Path, best: bool = False, allow_code: Sequence[str] = (), **changes) -> tuple[Any, Any]:

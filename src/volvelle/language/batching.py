@@ -115,3 +115,19 @@ def _halve(rows: list[int], cost, tokens: int) -> list[list[int]]:
         return [rows]
     middle = len(rows) // 2
     return _halve(rows[:middle], cost, tokens) + _halve(rows[middle:], cost, tokens)
+
+
+def deal(batch: Batch, tokens: int, whole_groups: bool, processes) -> list[torch.Tensor]:
+    """`split`, as far as it is this process's: micro-batches small enough that every process gets some, dealt in turn, largest first."""
+    if processes.count > 1:
+        laid = int(batch.prompt_mask.sum()) + int(batch.lengths.sum())
+        tokens = min(tokens, -(-laid // processes.count))
+    return split(batch, tokens, whole_groups)[processes.rank::processes.count]
+
+
+def total_of(found: dict[str, torch.Tensor], keep: torch.Tensor, processes) -> dict[str, torch.Tensor]:
+    """Sum [N, T] results of micro-batches that were dealt out; a process may have had none."""
+    if processes.count == 1:
+        return found
+    names = sorted(set(processes.gather(list(found))))
+    return {name: processes.total(found[name] if name in found else torch.zeros(keep.shape, device=keep.device)) for name in names}

@@ -13,7 +13,7 @@ from volvelle.core.schedule import Schedule, at
 from volvelle.core.trainable import AdamW, Optimiser
 
 from .advantages import group_index, group_low, group_mean
-from .batching import split
+from .batching import deal
 from .objectives import Aggregation, aggregate
 from .records import POLICY, Batch
 from .slots import Critic, Filter
@@ -172,29 +172,30 @@ class ValueCritic(Critic):
 class LiveValueCritic:
     def __init__(self, description: ValueCritic, run):
         self.part = description
-        self.model = run.model("model", run.policy.value_module(), description.optimiser)
+        self.model, self.processes = run.model("model", run.policy.value_module(), description.optimiser), run.processes
 
     @torch.no_grad()
     def values(self, batch: Batch) -> torch.Tensor:
         """[N, T] value of the state before each token; 0 on padding."""
         out = torch.zeros(batch.ids.shape, device=batch.ids.device)
-        for rows in split(batch, self.part.micro_tokens, False):
+        for rows in deal(batch, self.part.micro_tokens, False, self.processes):
             micro = batch.select(rows)
             out[rows[:, None], torch.arange(micro.ids.shape[1], device=out.device)] = self.model(micro, micro.mask)
-        return out
+        return self.processes.total(out)
 
     def fit(self, batch: Batch) -> dict[str, float]:
         mask = batch.acted((POLICY,)) & batch.train[:, None]
         weights = aggregate(mask, "token_mean")
         total = 0.0
-        for rows in split(batch, self.part.micro_tokens, False):
+        for rows in deal(batch, self.part.micro_tokens, False, self.processes):
             micro = batch.select(rows)
             keep = micro.acted((POLICY,))
             loss = value_loss(self.model(micro, keep), micro.values, micro.returns, self.part.clip)
             loss = (weights[rows][:, : keep.shape[1]] * loss).sum()
             self.model.backward(loss)
             total += float(loss.detach())
-        return {"critic/loss": total, "critic/grad_norm": self.model.step()}
+        self.processes.sum_gradients(self.model.parameters)
+        return self.processes.merge({"critic/loss": total}) | {"critic/grad_norm": self.model.step()}
 
 
 # ------------------------------------------------------------------------------------------------------------------ updates

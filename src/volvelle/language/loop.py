@@ -17,7 +17,7 @@ import torch
 from volvelle.core.errors import RunStopped, UserError
 from volvelle.core.statistics import mean_interval, pass_at_k
 
-from .batching import make_batch, minibatches, split
+from .batching import deal, make_batch, minibatches, total_of
 from .fittings import Coefficient
 from .objectives import aggregate
 from .recipe import LanguageRecipe
@@ -35,7 +35,12 @@ def _plain(values) -> list:
 
 
 class LanguageLearner:
-    """Draw -> sample -> score -> total -> filter (refill) -> passes -> advantage -> improve -> update."""
+    """Draw -> sample -> score -> total -> filter (refill) -> passes -> advantage -> improve -> update.
+
+    In several processes prompts are dealt out for sampling and scoring, micro-batches for every pass; all else every process does alike.
+    """
+
+    in_processes = True
 
     def __init__(self, recipe: LanguageRecipe, run):
         self.recipe, self.run = recipe, run
@@ -103,18 +108,30 @@ class LanguageLearner:
         return self.curriculum.draw(count)
 
     def sample(self, prompts: list[Prompt]) -> list[Rollout]:
-        return self.sampler.sample(prompts)
+        """Rollouts of all prompts; each of several processes samples its share of them."""
+        share = self.run.processes.share(len(prompts))
+        if share.start == share.stop:
+            return self.run.processes.gather([])
+        with self.run.own_numbers():
+            made = self.sampler.sample(prompts[share])
+        for r in made:
+            r.group += share.start
+        return self.run.processes.gather(made)
 
     def score(self, rollouts: list[Rollout]) -> None:
         """Fill in every rollout's scores and reward. RunStopped where a reward is missing, not one number, or not finite."""
         if self.reward is None:
             return
-        scores = self.reward.score(rollouts)
-        for name, values in scores.items():
-            if len(values) != len(rollouts):
-                raise RunStopped(f"reward {name!r} returned {len(values)} values for {len(rollouts)} responses")
-            for r, v in zip(rollouts, _plain(values)):
+        groups = sorted({r.group for r in rollouts})
+        mine = set(groups[self.run.processes.share(len(groups))])
+        own = [r for r in rollouts if r.group in mine]
+        for name, values in self.reward.score(own).items() if own else ():
+            if len(values) != len(own):
+                raise RunStopped(f"reward {name!r} returned {len(values)} values for {len(own)} responses")
+            for r, v in zip(own, _plain(values)):
                 r.scores[name] = finite(v, f"reward {name!r} on prompt {r.prompt.id!r}")
+        for i, scores in self.run.processes.gather([(i, r.scores) for i, r in enumerate(rollouts) if r.group in mine]):
+            rollouts[i].scores = scores
         self.total(rollouts)
 
     def total(self, rollouts: list[Rollout]) -> None:
@@ -173,13 +190,13 @@ class LanguageLearner:
     def score_in_parts(self, policy, batch: Batch, keep: torch.Tensor, needs: frozenset[str] = frozenset()) -> Scores:
         """Scores of a whole batch without gradient, in micro-batches."""
         out: dict[str, torch.Tensor] = {}
-        for rows in split(batch, self.recipe.updates.micro_tokens, False):
+        for rows in deal(batch, self.recipe.updates.micro_tokens, False, self.run.processes):
             micro = batch.select(rows)
             found = policy.score(micro, keep[rows][:, : micro.ids.shape[1]], needs, self.temperature)
             for name, value in vars(found).items():
                 if value is not None:
                     out.setdefault(name, torch.zeros(keep.shape, device=value.device))[rows, : value.shape[1]] = value
-        return Scores(**out)
+        return Scores(**total_of(out, keep, self.run.processes))
 
     def credit(self, batch: Batch) -> None:
         """KL in the reward, then advantages on the whole batch."""
@@ -217,7 +234,7 @@ class LanguageLearner:
         keep = torch.stack([w > 0 for w in weights.values()]).any(0)
         needs = self.recipe.loss_needs | (self.old_needs() if self.one_update else frozenset())
         metrics: dict[str, float] = defaultdict(float)
-        for rows in split(mini, self.recipe.updates.micro_tokens, "groups" in self.recipe.loss_needs):
+        for rows in deal(mini, self.recipe.updates.micro_tokens, "groups" in self.recipe.loss_needs, self.run.processes):
             micro = mini.select(rows)
             width = micro.ids.shape[1]
             scores = self.policy.score(micro, keep[rows][:, :width], needs, self.temperature)
@@ -235,10 +252,11 @@ class LanguageLearner:
                 metrics["loss" if name == "objective" else f"loss/{name}"] += float(value.detach())
             self.policy.backward(total)
             self.ratios(scores, micro, metrics)
+        found = self.run.processes.merge(dict(metrics))
         if self.critic is not None:
-            metrics |= self.critic.fit(mini)
-        metrics["grad_norm"] = self.policy.step()
-        return dict(metrics)
+            found |= self.critic.fit(mini)
+        self.run.processes.sum_gradients(self.policy.trainable.parameters)
+        return found | {"grad_norm": self.policy.step()}
 
     def weights(self, mini: Batch) -> dict[str, torch.Tensor]:
         """Aggregation as weights [N, T]; muted rows weigh nothing. A loss of one number per response is averaged over responses instead.
@@ -318,11 +336,13 @@ class LanguageLearner:
         e, plain = self.recipe.evaluation, getattr(self.sampler, "sampling", None)
         cap = plain.max_tokens if plain and task == self.task else task.max_tokens
         sampling = Sampling(e.temperature, 0, e.top_p, 0.0, cap, plain.stop if plain and task == self.task else task.stop)
-        seed = int.from_bytes(hashlib.sha256(f"{self.run.seed}/evaluation".encode()).digest()[:7], "little")
+        share = self.run.processes.share(len(prompts))
+        name = f"{self.run.seed}/evaluation" + (f"/{self.run.processes.rank}" if self.run.processes.rank else "")
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
         rng, size, out = torch.Generator().manual_seed(seed), max(1, 256 // e.samples), []
-        for i in range(0, len(prompts), size):
-            out += generate(self.policy, prompts[i:i + size], e.samples, sampling, rng)
-        return out
+        for i in range(share.start, share.stop, size):
+            out += generate(self.policy, prompts[i:min(i + size, share.stop)], e.samples, sampling, rng)
+        return self.run.processes.gather(out)
 
     def evaluate_as(self, config, weights: Path | None = None) -> None:
         """Evaluate from now on as another configuration says (task, evaluation part), with the exported weights if given."""
