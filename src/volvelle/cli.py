@@ -314,7 +314,9 @@ def main() -> None:
     """Entry point: turns the two kinds of error into one line and an exit code."""
     sys.path.insert(0, os.getcwd())  # so that my_module:function is found
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if isinstance(code, int) and code:  # what a verb ended with: typer.Exit comes back as its number
+            sys.exit(code)
     except UserError as error:
         print(f"volvelle: {error}", file=sys.stderr)
         sys.exit(2)

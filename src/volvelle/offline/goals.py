@@ -37,7 +37,7 @@ def trajectory_goals(rows: np.ndarray, finals: np.ndarray, chance: np.ndarray, g
 
 def mixed_goals(rows: np.ndarray, trajectory: np.ndarray, random: np.ndarray, chances: tuple[np.ndarray, np.ndarray], current: float, share: float) -> np.ndarray:
     """The present row with probability `current`, a trajectory goal with `share`, else a random one. chances: two sets of uniform numbers."""
-    later = chances[0] < share / (1 - current + 1e-6)
+    later = chances[0] < (share / (1 - current) if current < 1 else 0.0)
     return np.where(chances[1] < current, rows, np.where(later, trajectory, random))
 
 
@@ -137,6 +137,11 @@ def split(layout: Layout) -> tuple[Layout, int]:
     return Layout(vector=layout.vector - layout.goal), layout.goal
 
 
-def parts(observations: Tensor, goal: int) -> tuple[Tensor, Tensor]:
+def apart(observations: Tensor, goal: int) -> tuple[Tensor, Tensor]:
     """[..., state + goal] -> state, goal."""
     return observations[..., :-goal], observations[..., -goal:]
+
+
+def together(states: Tensor, goals: Tensor) -> Tensor:
+    """State and goal side by side, as the policy meets them: [..., state + goal]."""
+    return torch.cat([states, goals], -1)

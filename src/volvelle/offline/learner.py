@@ -28,6 +28,7 @@ from volvelle.core.tasks import Task
 from .commands import GoalTask
 from .data.dataset import Dataset
 from .evaluation import GoalEvaluator, normalised
+from .goals import Goals
 from .samplers import BatchSampler, Table, Transitions
 from .tasks import OfflineTask
 
@@ -72,7 +73,7 @@ class Offline(Recipe):
             raise UserError(f"{self.part_name}: no task; give a dataset, for example --task offline:PATH or --task pendulum-medium-replay")
         if not isinstance(task, OfflineTask):
             raise UserError(f"task {task.label()} is no dataset; {self.part_name} learns from one: --task offline:PATH or pendulum-medium-replay (volvelle data collect makes them)")
-        if any(r.when == "store" for r in self.relabels.values()):
+        if any(getattr(r, "when", "sample") == "store" for r in self.relabels.values()):
             raise UserError("relabels of an offline recipe change sampled batches; when=store is for replay buffers")
 
     def actor(self, spec: Spec, seeds: int) -> Deciding:
@@ -88,6 +89,21 @@ class Offline(Recipe):
     def total(self, run) -> int:
         """Gradient steps of the whole run, for schedules that end with it."""
         return run.config.steps * self.period
+
+
+@dataclass(frozen=True, eq=False)
+class GoalOffline(Offline):
+    """Base of the recipes that learn to reach commanded goals: their policies meet state and goal side by side."""
+
+    goals: ClassVar[bool] = True
+    sampler: BatchSampler = Goals()
+
+    def check(self, recipe):
+        super().check(recipe)
+        if self.normalise_observations:
+            raise UserError("normalise_observations: not for recipes with goals")
+        if self.rewards != "as-is":
+            raise UserError(f"rewards={self.rewards}: goal-conditioned recipes make their rewards from goals; see sampler.reward_shift")
 
 
 def standardiser(data: Dataset, seeds: int, eps: float = 1e-3) -> ObservationNormaliser | None:
@@ -128,8 +144,6 @@ class OfflineLearner(Assessed):
         self.relabels = {name: run.start(f"relabels.{name}", r) for name, r in part.relabels.items()}
         self.data = prepared(task.dataset(run.reporter), part.rewards)
         self.spec = self.spec_of(task)
-        if part.normalise_observations and self.spec.observations.goal:
-            raise UserError("normalise_observations: not for recipes with goals")
         self.normaliser = standardiser(self.data, part.seeds) if part.normalise_observations else None
         self.table = Table(self.data, self.normaliser, self.device)
         self.sampler = part.sampler.build(self.table, Streams(run, "batches", part.seeds), part.batch, part.gamma)
@@ -197,7 +211,7 @@ class OfflineLearner(Assessed):
     @torch.no_grad()
     def fidelity(self, rows: int = 1024) -> dict[str, float]:
         """Mean squared distance (share of other choices for discrete actions) between the policy's best action and the recorded one."""
-        picked = np.broadcast_to(self.data.rows[:: max(1, len(self.data.rows) // rows)], (self.part.seeds, len(self.data.rows[:: max(1, len(self.data.rows) // rows)])))
+        picked = np.tile(self.data.rows[:: max(1, len(self.data.rows) // rows)], (self.part.seeds, 1))
         states = self.table.states(picked)
         if self.part.goals:
             states = torch.cat([states, self.table.states(np.minimum(picked + 1, self.data.lasts[self.data.episode_of[picked]]))], -1)

@@ -23,6 +23,7 @@ from .spaces import restore_space, space_data
 
 VERSION = "0.5.4"
 METADATA, DATA = "metadata.json", "main_data.hdf5"
+STRUCTURE = ("total_episodes", "total_steps", "data_format", "jpeg_encoding", "minari_version", "observation_space", "action_space", "dataset_size", "rewards_recorded")
 
 
 def home(path: Path) -> Path | None:
@@ -42,8 +43,7 @@ def source(path: Path) -> Source:
         raise UserError(f"dataset {path}: {DATA} is missing beside {METADATA}")
     spaces = [_space(metadata, kind, path) for kind in ("observation_space", "action_space")]
     jpeg = bool(metadata.get("jpeg_encoding", True))
-    keep = ("dataset_id", "env_spec", "eval_env_spec", "ref_min_score", "ref_max_score", "algorithm_name", "author", "description", "collected")
-    meta = {k: metadata[k] for k in keep if metadata.get(k) is not None}
+    meta = {k: v for k, v in metadata.items() if k not in STRUCTURE and v is not None}
 
     def episodes() -> Iterator[Raw]:
         with h5py_module().File(folder / DATA, "r") as file:
