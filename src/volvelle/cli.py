@@ -17,7 +17,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from volvelle import cli_control, cli_language  # noqa: E402
+from volvelle import cli_control, cli_language, cli_offline  # noqa: E402
 from volvelle.core import processes, verbs  # noqa: E402
 from volvelle.core.errors import RunStopped, UserError  # noqa: E402
 
@@ -318,13 +318,16 @@ def doctor(as_json: Json = False) -> None:
 
 cli_language.register(app, progress, out)
 cli_control.register(app, out)
+cli_offline.register(app, out)
 
 
 def main() -> None:
     """Entry point: turns the two kinds of error into one line and an exit code."""
     sys.path.insert(0, os.getcwd())  # so that my_module:function is found
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if isinstance(code, int) and code:  # what a verb ended with: typer.Exit comes back as its number
+            sys.exit(code)
     except UserError as error:
         print(f"volvelle: {error}", file=sys.stderr)
         sys.exit(2)

@@ -14,17 +14,17 @@ from .valueheads import ValueHead
 
 
 class Critics:
-    """`members` Q networks per seed, trained together, with lagged copies (`tau`).
+    """`members` value networks per seed (of observations alone with extra=0), trained together, with lagged copies (`tau`).
 
     Calling gives outputs [S * members, B, width]; `values` [S, members, B]. Members see the same batch and differ in their start.
     """
 
     def __init__(self, run, network: Network, value: ValueHead, optimiser: Optimiser, layout: Layout, extra: int, outputs: int, seeds: int, members: int,
-                 tau: float | None):
+                 tau: float | None, name: str = "critics"):
         copies = seeds * members
         module = Output(network.build(layout, copies, extra), copies, outputs * value.width, network.init, members=members)
-        self.net = make(run, "critics", module, optimiser, seeds, members)
-        self.target = run.lagged(self.net, tau=tau, name="critics-target")
+        self.net = make(run, name, module, optimiser, seeds, members)
+        self.target = run.lagged(self.net, tau=tau, name=f"{name}-target")
         self.value, self.seeds, self.members, self.outputs = value, seeds, members, outputs
         self.size = sum(p.numel() for p in module.parameters())
 

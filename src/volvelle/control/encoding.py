@@ -176,7 +176,11 @@ def _rebuild(space: gym.Space, parts):
 
 
 def encoded(env: gym.Env, vocabulary: Vocabulary | None = None) -> tuple[gym.Env, Spec]:
-    """The environment with encoded observations and actions, and what agents must know of it. Simple ones are left unwrapped."""
+    """The environment with encoded observations and actions, and what agents must know of it. Simple ones are left unwrapped.
+
+    An environment whose `goal_width` is g commands a goal by the last g numbers of its observation.
+    """
+    goal = getattr(env, "goal_width", 0)
     observations, actions = env.observation_space, env.action_space
     categorical: tuple[int, ...] = ()
     if not (isinstance(observations, spaces.Box) and len(observations.shape) == 1):
@@ -191,4 +195,43 @@ def encoded(env: gym.Env, vocabulary: Vocabulary | None = None) -> tuple[gym.Env
     else:
         env = DecodeAction(env)
         kind = env.actions
-    return env, Spec(Layout(layout.vector, layout.images, layout.dtypes, categorical), kind)
+    return env, Spec(Layout(layout.vector, layout.images, layout.dtypes, categorical, goal), kind)
+
+
+class _Shown(gym.Env):
+    """An environment with an observation space and nothing else, so that recorded observations are encoded as played ones are."""
+
+    def __init__(self, space: gym.Space):
+        self.observation_space, self.action_space = space, spaces.Discrete(1)
+
+
+def encode_rows(space: gym.Space, rows: Any) -> Any:
+    """Recorded observations of a space, all rows at once, as `EncodeObservation` encodes single ones; with rows=None the encoded space.
+
+    rows: [n, ...], or a nest of such. -> [n, size] float32, or a dict of parts. UserError for text.
+    """
+    plain = isinstance(space, spaces.Box) and len(space.shape) == 1
+    encoder = None if plain else EncodeObservation(_Shown(space), Vocabulary())
+    if encoder is not None and encoder.categorical:
+        raise UserError("recorded observations of text are not supported; encode them as numbers")
+    if rows is None:
+        return spaces.Box(-np.inf, np.inf, space.shape, np.float32) if plain else encoder.observation_space
+    if plain:
+        return np.asarray(rows, np.float32)
+    vectors, found = [], {}
+    for (name, leaf), value in zip(encoder.leaves, _values(space, rows), strict=True):
+        value = np.asarray(value)
+        if name in encoder.images:
+            shape, last = encoder.images[name]
+            image = np.moveaxis(value, -1, 1) if last else value.reshape(-1, *shape)
+            found[name] = image.astype(np.float32) if image.dtype == np.float64 else image
+        elif isinstance(leaf, spaces.Discrete):
+            vectors.append(np.eye(leaf.n, dtype=np.float32)[value - leaf.start])
+        elif isinstance(leaf, spaces.MultiDiscrete):
+            codes = (value - leaf.start).reshape(len(value), -1)
+            vectors += [np.eye(n, dtype=np.float32)[codes[:, i]] for i, n in enumerate(leaf.nvec.reshape(-1))]
+        else:
+            vectors.append(value.reshape(len(value), -1).astype(np.float32))
+    if encoder.single:
+        return np.concatenate(vectors, -1) if vectors else next(iter(found.values()))
+    return ({"vector": np.concatenate(vectors, -1)} if vectors else {}) | found

@@ -39,6 +39,10 @@ class Evaluator:
         self.seeds, self.episodes, self.report = seeds, episodes, report
         self.envs = Envs(task, seeds, copies, vocabulary=vocabulary.copy() if vocabulary is not None else None)
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.envs.vocabulary
+
     def __call__(self, actor: Any, seed: int, step: int = 0, explore: bool = False) -> dict[str, float]:
         """Return and length, means over seeds and episodes; `return@k` of seed k when there are several.
 

@@ -48,7 +48,61 @@ class ControlRecipe(Recipe):
         raise NotImplementedError
 
 
-class ControlLearner:
+class Assessed:
+    """What every learner of an acting policy shares: the policy it makes, and its evaluation in environments.
+
+    Needs run, part (with seeds, evaluation), spec, normaliser, vocabulary and evaluators (a dict).
+    """
+
+    run: Any
+    part: Any
+    spec: Spec
+    normaliser: ObservationNormaliser | None
+    vocabulary: Vocabulary
+    evaluators: dict[Any, Any]
+
+    def module_policy(self):
+        """The Deciding module that acts."""
+        raise NotImplementedError
+
+    def policy(self) -> Policy:
+        return Policy(self.module_policy(), self.part, self.spec, self.part.seeds, self.normaliser, self.vocabulary, to_config(self.run.config.task))
+
+    def product(self) -> dict[str, Any]:
+        return {"policy": self.policy()}
+
+    def evaluator(self, task: ControlTask, episodes: int) -> Any:
+        return Evaluator(task, self.part.seeds, episodes, self.vocabulary, self.run.reporter)
+
+    def evaluate(self, task: ControlTask | None = None) -> dict[str, float]:
+        """Play episodes of the run's task, or of another one of the same shape."""
+        config = self.evaluated if self.evaluated is not None else self.run.config
+        task, how = config.task if task is None else task, config.recipe.evaluation
+        key = (task, how.episodes)
+        if key not in self.evaluators:
+            self.evaluators[key] = self.evaluator(task, how.episodes)
+        self.evaluators[key].vocabulary.codes = dict(self.vocabulary.codes)
+        policy = self.policy() if self.loaded is None else self.loaded
+        found = self.evaluators[key](policy, self.run.seed, self.run.step, how.explore)
+        for i in range(how.record):
+            record(policy, task, self.run.folder / "videos" / f"step-{self.run.step:06d}-{i}.mp4", seed=self.run.seed + i)
+        return found
+
+    loaded: Policy | None = None
+    evaluated: Any = None
+
+    def evaluate_as(self, config, best: Path | None) -> None:
+        """Evaluate from now on what `config` says, with the policy kept in `best` if given. UserError if the task does not fit the policy."""
+        if not isinstance(config.task, ControlTask):
+            raise UserError(f"task {config.task.label()} belongs to the {config.task.wing} wing; this run acts in environments")
+        spec = probe(config.task, self.vocabulary.copy())
+        spec.require(self.spec, f"the policy of {self.run.folder}", config.task.label())
+        self.evaluated = config
+        if best is not None:
+            self.loaded = Policy.load(best / "policy", spec, config.task.label())
+
+
+class ControlLearner(Assessed):
     """Base of the loops, for recipes with `relabels` and `shapers`. `obs`: current normalised observations [S, N, ...], None when new episodes must begin."""
 
     def __init__(self, run, part: ControlRecipe, count: int):
@@ -110,42 +164,6 @@ class ControlLearner:
         if self.part.seeds > 1:
             metrics |= {f"return@{s}": float(np.mean(r)) for s, r in enumerate(returns) if r}
         return {"env_steps": float(self.env_steps)} | metrics
-
-    def module_policy(self):
-        """The Deciding module that acts."""
-        raise NotImplementedError
-
-    def policy(self) -> Policy:
-        return Policy(self.module_policy(), self.part, self.spec, self.part.seeds, self.normaliser, self.vocabulary, to_config(self.run.config.task))
-
-    def product(self) -> dict[str, Any]:
-        return {"policy": self.policy()}
-
-    def evaluate(self) -> dict[str, float]:
-        config = self.evaluated if self.evaluated is not None else self.run.config
-        task, how = config.task, config.recipe.evaluation
-        key = (task, how.episodes)
-        if key not in self.evaluators:
-            self.evaluators[key] = Evaluator(task, self.part.seeds, how.episodes, self.vocabulary, self.run.reporter)
-        self.evaluators[key].envs.vocabulary.codes = dict(self.vocabulary.codes)
-        policy = self.policy() if self.loaded is None else self.loaded
-        found = self.evaluators[key](policy, self.run.seed, self.run.step, how.explore)
-        for i in range(how.record):
-            record(policy, task, self.run.folder / "videos" / f"step-{self.run.step:06d}-{i}.mp4", seed=self.run.seed + i)
-        return found
-
-    loaded: Policy | None = None
-    evaluated: Any = None
-
-    def evaluate_as(self, config, best: Path | None) -> None:
-        """Evaluate from now on what `config` says, with the policy kept in `best` if given. UserError if the task does not fit the policy."""
-        if not isinstance(config.task, ControlTask):
-            raise UserError(f"task {config.task.label()} belongs to the {config.task.wing} wing; this run acts in environments")
-        spec = probe(config.task, self.vocabulary.copy())
-        spec.require(self.spec, f"the policy of {self.run.folder}", config.task.label())
-        self.evaluated = config
-        if best is not None:
-            self.loaded = Policy.load(best / "policy", spec, config.task.label())
 
     def state_dict(self) -> dict[str, Any]:
         return {"env_steps": self.env_steps, "spec": self.spec.data(), "vocabulary": list(self.vocabulary.codes),

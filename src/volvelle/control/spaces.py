@@ -25,12 +25,14 @@ class Layout:
     """An observation: `vector` float32 numbers and named images (channels, height, width), kept in their own dtype.
 
     Only a vector: tensors [..., vector]. One image named "image" and nothing else: tensors [..., C, H, W]. Else dicts by name.
+    goal: so many numbers at the end of the vector are the goal that is commanded (see volvelle.offline.goals).
     """
 
     vector: int = 0
     images: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     categorical: tuple[int, ...] = ()
+    goal: int = 0
 
     @classmethod
     def of(cls, space: gym.Space) -> Layout:
@@ -55,7 +57,7 @@ class Layout:
         return parts | {k: (s, np.dtype(self.dtypes[k])) for k, s in self.images.items()}
 
     def describe(self) -> str:
-        words = [f"{self.vector} numbers"] if self.vector else []
+        words = [f"{self.vector} numbers" + (f" ({self.goal} of them the goal)" if self.goal else "")] if self.vector else []
         return " and ".join(words + [f"an image {'x'.join(map(str, s))}" for s in self.images.values()])
 
 
@@ -128,7 +130,7 @@ class Spec:
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Spec:
         o, a = data["observations"], data["actions"]
-        return cls(Layout(o["vector"], {k: tuple(v) for k, v in o["images"].items()}, o["dtypes"], tuple(o["categorical"])),
+        return cls(Layout(o["vector"], {k: tuple(v) for k, v in o["images"].items()}, o["dtypes"], tuple(o["categorical"]), o.get("goal", 0)),
                    Actions(tuple(a["codes"]), tuple(a["low"]), tuple(a["high"]), a["plain"]))
 
     def describe(self) -> str:

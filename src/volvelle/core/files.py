@@ -13,6 +13,11 @@ from typing import Any
 import yaml
 
 
+def cache_folder() -> Path:
+    """Where things that can be made again are kept: $VOLVELLE_CACHE, or volvelle in the user's cache."""
+    return Path(os.environ.get("VOLVELLE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "volvelle")
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Write `text` so that a reader sees the old file or the new one, never half of it."""
     path = Path(path)

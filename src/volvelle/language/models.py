@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +10,7 @@ import torch
 from pydantic import Field
 
 from volvelle.core.errors import UserError
-from volvelle.core.files import digest, directory, to_yaml
+from volvelle.core.files import cache_folder, digest, directory, to_yaml
 from volvelle.core.parts import Part, part, to_config
 from volvelle.core.tasks import Model
 from volvelle.core.trainable import AdamW
@@ -30,10 +29,6 @@ def quiet() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("VOLVELLE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "volvelle")
 
 
 @part("lora")

@@ -124,9 +124,9 @@ class TD3Agent:
         outputs = critics.net.module(batch["obs"], batch["actions"])
         return critics.losses(outputs, target), outputs.detach(), target
 
-    def actor_loss(self, observations) -> Tensor:
+    def actor_loss(self, batch) -> Tensor:
         """-mean Q_1(s, pi(s)), per seed."""
-        return -self.critics.values(observations, self.module(observations))[:, 0].mean(-1)
+        return -self.critics.values(batch["obs"], self.module(batch["obs"]))[:, 0].mean(-1)
 
     def update(self, batch):
         part, critics = self.part, self.critics
@@ -137,7 +137,7 @@ class TD3Agent:
         made = {"losses": losses.detach(), "outputs": outputs, "target": target, "norm": critics.net.step()}
         if critics.net.steps % part.delay == 0:
             with critics.frozen():
-                made["actor"] = loss = self.loss_of_actor(batch["obs"])
+                made["actor"] = loss = self.loss_of_actor(batch)
                 self.policy.backward(loss)
             self.policy.step()
             self.policy_target.refresh(part.tau)

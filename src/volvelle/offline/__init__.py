@@ -1,0 +1,1 @@
+"""Offline, goal-conditioned and imitation learning from recorded episodes."""

@@ -1,0 +1,180 @@
+"""Conservative Q-learning: a critic that is pushed down where there are no data.
+
+Problem: offline Q-learning overestimates actions outside the data, and its policy goes there.
+Idea: to the temporal-difference loss add alpha (logsumexp_a Q(s, a) - Q(s, recorded a)): values of all actions go down, the recorded one's up, so
+that the learnt value is a lower bound. For continuous actions the logsumexp is estimated from uniform actions and the policy's at s and s',
+each with its density; the policy is SAC's, and its entropy stays out of the backup.
+Pick it when pessimism must be strong; it costs 30 critic evaluations per row. Discrete actions give the plain form on double DQN.
+Source: arXiv 2006.04779. threshold sets the Lagrangian form, in which the weight is tuned until the gap equals the threshold.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from volvelle.control.actorcritic import uniform_actions
+from volvelle.control.heads import PolicyHead, Squashed
+from volvelle.control.learner import Count, NonNegative, Positive
+from volvelle.control.methods.dqn import QNetwork
+from volvelle.control.methods.sac import Actor, SACAgent, Temperature
+from volvelle.control.networks import MLP, Network
+from volvelle.control.stacked import make
+from volvelle.control.valueheads import MSE, ValueHead
+from volvelle.core.errors import UserError
+from volvelle.core.parts import method, part
+from volvelle.core.trainable import Adam, Optimiser
+
+from ..learner import Offline
+from ..losses import conservative_gap
+
+
+@part("conservative-q")
+class CQL(Offline):
+    """weight: of the conservative term; samples: actions of each kind in its logsumexp; temperature: of the logsumexp.
+
+    threshold: None, or the gap that the Lagrange multiplier (cut at 1e6) tunes towards. backup_entropy: SAC's entropy in the target. max_target: the
+    best of `samples` policy actions in the target. Discrete actions use network, value, critic_optimiser, tau and weight only.
+    """
+
+    network: Network = MLP(hidden=(256, 256, 256), activation="relu")
+    value: ValueHead = MSE()
+    critics: Count = 2
+    head: PolicyHead = Squashed(low=-20.0, high=2.0, smooth=False)
+    actor_optimiser: Optimiser = Adam(lr=3e-5, clip=None)
+    critic_optimiser: Optimiser = Adam(lr=3e-4, clip=None)
+    alpha_optimiser: Optimiser = Adam(lr=3e-5, clip=None)
+    alpha: Positive | None = None
+    alpha_start: Positive = 1.0
+    alpha_loss: Literal["exp", "log"] = "log"
+    alpha_fresh: bool = False
+    target_entropy: float | None = None
+    tau: Annotated[float, Field(gt=0, le=1)] = 0.005
+    delay: Count = 1
+    critic_weight: Positive = 1.0
+    weight: NonNegative = 10.0
+    samples: Count = 10
+    temperature: Positive = 1.0
+    threshold: float | None = None
+    weight_optimiser: Optimiser = Adam(lr=3e-4, clip=None)
+    backup_entropy: bool = False
+    max_target: bool = False
+    epsilon_end: float = 0.0
+    dueling: bool = False
+
+    def check(self, recipe):
+        super().check(recipe)
+        if not self.value.scalar:
+            raise UserError(f"value={self.value.part_name} learns a return distribution; the conservative term is of numbers; accepted: mse, huber, hl-gauss, two-hot")
+
+    def actor(self, spec, seeds):
+        return QNetwork(self, spec, seeds) if spec.actions.kind == "discrete" else Actor(self, spec, seeds)
+
+    def agent(self, run, spec, data):
+        return DiscreteAgent(run, self, spec) if spec.actions.kind == "discrete" else CQLAgent(run, self, spec)
+
+
+class CQLAgent(SACAgent):
+    """SAC's update with the conservative term in the critics' loss."""
+
+    def __init__(self, run, part: CQL, spec):
+        super().__init__(run, part, spec)
+        self.uniform = -sum(math.log(h - low) for low, h in zip(spec.actions.low, spec.actions.high))  # log density of a uniform action
+        self.multiplier = make(run, "multiplier", Temperature(part.seeds, 1.0), part.weight_optimiser if part.threshold is not None else None, part.seeds)
+        self.gap: Tensor | None = None
+
+    def _draw(self, observations, count: int) -> tuple[Tensor, Tensor]:
+        """count policy actions per row, [S, B * count, d], with their log-probabilities [S, B * count]; no gradient."""
+        with torch.no_grad():
+            outputs = self.module(observations).repeat_interleave(count, 1)
+            return self.head.draw(outputs, self.sampling.noise(self.head, outputs.shape[1]).to(outputs.device))
+
+    def critic_loss(self, batch, noise, alpha):
+        part, critics = self.part, self.critics
+        with torch.no_grad():
+            if part.max_target:
+                actions, logp = self._draw(batch["next_obs"], part.samples)
+                value = critics.target_values(repeated(batch["next_obs"], part.samples), actions).amin(1).unflatten(-1, (-1, part.samples)).amax(-1)
+                logp = torch.zeros_like(value) if not part.backup_entropy else logp.unflatten(-1, (-1, part.samples)).mean(-1)
+            else:
+                actions, logp = self.head.draw(self.module(batch["next_obs"]), noise)
+                value = critics.target_values(batch["next_obs"], actions).amin(1)
+            target = batch["rewards"] + batch["discounts"] * (value - (alpha * logp if part.backup_entropy else 0.0))
+        outputs = critics.net.module(batch["obs"], batch["actions"])
+        losses = critics.losses(outputs, target)
+        gap = self.conservative(batch, critics.read(outputs))                                     # [S, members, B]
+        self.gap = gap.detach()
+        if part.threshold is None:
+            return losses + part.weight * gap, outputs.detach(), target
+        scale = self.multiplier.module.log.detach().exp().clamp(max=1e6).unsqueeze(-1)
+        return losses + scale * part.weight * (gap - part.threshold), outputs.detach(), target
+
+    def conservative(self, batch, recorded: Tensor) -> Tensor:
+        """temperature logsumexp((Q(s, a) - log density(a)) / temperature) over the three kinds of actions, minus Q(s, recorded a). [S, members, B]."""
+        part, n, rows = self.part, self.part.samples, batch["rewards"].shape[1]
+        chance = torch.from_numpy(self.sampling.uniform(rows * n, self.head.size)).to(self.low.device)
+        actions = [uniform_actions(self.low, self.high, chance)]
+        logps = [torch.full(actions[0].shape[:2], self.uniform, device=chance.device)]
+        for observations in (batch["next_obs"], batch["obs"]):
+            drawn, logp = self._draw(observations, n)
+            actions.append(drawn)
+            logps.append(logp)
+        every = torch.cat([a.unflatten(1, (rows, n)) for a in actions], 2).flatten(1, 2)            # [S, B * 3n, d], row by row
+        density = torch.cat([p.unflatten(1, (rows, n)) for p in logps], 2)                          # [S, B, 3n]
+        values = self.critics.values(repeated(batch["obs"], 3 * n), every).unflatten(-1, (rows, 3 * n))
+        return part.temperature * conservative_gap((values - density.unsqueeze(1)) / part.temperature, recorded / part.temperature)
+
+    def update_critics(self, batch):
+        made = super().update_critics(batch)
+        if self.part.threshold is not None:
+            weight = self.multiplier.module.log.squeeze(-1).exp().clamp(max=1e6)
+            self.multiplier.backward(-weight * self.part.weight * (self.gap - self.part.threshold).mean((-1, -2)))
+            self.multiplier.step()
+        return made
+
+    def report(self, made):
+        return super().report(made) | {"gap": self.gap}
+
+
+def repeated(observations, count: int):
+    """Every row `count` times in a row, [S, B * count, ...]."""
+    return {k: repeated(v, count) for k, v in observations.items()} if isinstance(observations, dict) else observations.repeat_interleave(count, 1)
+
+
+class DiscreteAgent:
+    """Double DQN with the conservative term, for discrete actions."""
+
+    def __init__(self, run, part: CQL, spec):
+        self.part, self.module = part, part.actor(spec, part.seeds)
+        self.net = make(run, "q", self.module, part.critic_optimiser, part.seeds)
+        self.target = run.lagged(self.net, tau=part.tau, name="target")
+        self.size = sum(p.numel() for p in self.module.parameters())
+
+    def loss(self, batch) -> tuple[Tensor, Tensor]:
+        """TD loss + weight (logsumexp_a Q(s, a) - Q(s, recorded a)) per row [S, B], and the gap [S, B]."""
+        net, part = self.module, self.part
+        with torch.no_grad():
+            best = net.pick(self.target.module(batch["next_obs"]), net.values(batch["next_obs"]).argmax(-1))
+            target = part.value.backup(best, batch["rewards"], batch["discounts"])
+        outputs = net(batch["obs"])
+        chosen = net.pick(outputs, batch["actions"])
+        gap = conservative_gap(net.read(outputs), part.value.value(chosen))
+        return part.value.loss(chosen, target) + part.weight * gap, gap.detach()
+
+    def update(self, batch):
+        loss, gap = self.loss(batch)
+        self.net.backward(loss.mean(-1))
+        norm = self.net.step()
+        self.target.update()
+        return {"loss": loss.detach(), "gap": gap, "gradient_norm": norm}
+
+    def report(self, made):
+        return dict(made)
+
+
+cql = method("cql", CQL(), title="conservative Q-learning", source="arXiv 2006.04779")

@@ -1,0 +1,7 @@
+import pytest
+from offline_data import counting
+
+
+@pytest.fixture
+def data():
+    return counting()

@@ -1,0 +1,130 @@
+"""The offline loop end to end: training, seeds side by side, exact resume, evaluation, refusals."""
+
+import numpy as np
+import pytest
+import torch
+
+import volvelle
+from volvelle.control.policy import Policy
+from volvelle.core.errors import RunStopped, UserError
+from volvelle.core.state import fingerprint, load_state
+from volvelle.core.trainer import checkpoints
+from volvelle.offline.behaviours import FromRun, PendulumSwing, Walker
+from volvelle.offline.commands import Maze
+from volvelle.offline.data.collect import collect
+from volvelle.offline.data.files import write_dataset
+from volvelle.offline.tasks import Generated
+from volvelle.control.tasks import Gym
+
+PENDULUM = Generated(quality="medium", steps=1000)
+MAZE = Generated(env=Maze(maze="small"), behaviour=Walker(), quality="navigate", steps=3000)
+SMALL = ["network.hidden=[32]", "batch=32", "period=20", "evaluation.episodes=2"]
+
+
+def train(method, task, folder, overrides=(), **options):
+    small = [w for w in SMALL if w.partition("=")[0] not in {o.partition("=")[0] for o in overrides}]
+    return volvelle.train(method, task=task, folder=folder, overrides=[*small, *overrides], **{"steps": 4, "checkpoint_every": 2, "seed": 0, **options})
+
+
+def final_state(folder):
+    return fingerprint(load_state(checkpoints(folder)[-1]))
+
+
+def test_cloning_the_driver_learns_and_reports_the_normalised_score(tmp_path):
+    made = train("bc", Generated(quality="expert", steps=4000), tmp_path / "run", ["period=600", "network.hidden=[64,64]", "optimiser.lr=3e-3", "evaluation.episodes=10"])
+    found = made.result["metrics"]
+    assert found["score"] > made.result["start"]["score"] + 20 and found["score"] == pytest.approx(
+        100 * (found["return"] - (low := MADE()["ref_min_score"])) / (MADE()["ref_max_score"] - low))
+
+
+def MADE():
+    return Generated(quality="expert", steps=4000).dataset().meta
+
+
+def test_goals_are_reached_and_every_task_is_reported(tmp_path):
+    made = train("gcbc", MAZE, tmp_path / "run", ["period=300", "network.hidden=[64,64]", "optimiser.lr=3e-3", "batch=128", "evaluation.episodes=6", "sampler.actor_geometric=true", "gamma=0.9"])
+    found = made.result["metrics"]
+    assert found["success"] > 0.5 and found["success"] == pytest.approx(np.mean([found[f"success/{n}"] for n in range(1, 6)]))
+    policy = Policy.load(tmp_path / "run" / "policy")
+    assert policy.spec.observations.goal == 2
+    assert volvelle.evaluate(tmp_path / "run")["success"] == found["success"]
+    only = volvelle.evaluate(tmp_path / "run", task=Maze(maze="small", goal=3))
+    assert only["success"] == found["success/3"] and "success/3" not in only
+
+
+@pytest.mark.parametrize("method, task, more", [("bc", PENDULUM, ["normalise_observations=true"]), ("bc", PENDULUM, ["head=none"]), ("gcbc", MAZE, [])])
+def test_a_run_broken_off_ends_bit_for_bit_as_an_unbroken_one(method, task, more, tmp_path):
+    train(method, task, tmp_path / "whole", more, steps=6, strict=True)
+
+    def stop(step, steps, metrics):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(method, task, tmp_path / "broken", more, steps=6, progress=stop)
+    assert checkpoints(tmp_path / "broken")[-1].name == "step-000004"
+    volvelle.train(resume=tmp_path / "broken")
+    assert final_state(tmp_path / "whole") == final_state(tmp_path / "broken")
+
+
+def test_seeds_side_by_side_are_the_runs_one_by_one(tmp_path):
+    together = train("bc", PENDULUM, tmp_path / "all", ["seeds=2"], seed=3)
+    for i in range(2):
+        alone = train("bc", PENDULUM, tmp_path / str(i), seed=3 + i)
+        assert together.result["metrics"][f"return@{i}"] == pytest.approx(alone.result["metrics"]["return"], rel=1e-4)
+
+
+def test_an_unknown_environment_leaves_the_distance_to_the_data(tmp_path):
+    path = write_dataset(collect(Maze(maze="small"), Walker(), "stitch", 500), tmp_path / "set.npz")
+    made = train("gcbc", f"offline:{path}", tmp_path / "run")
+    assert set(made.result["metrics"]) == {"action_error"} and made.result["metrics"]["action_error"] < made.result["start"]["action_error"]
+
+
+def test_a_policy_learnt_offline_collects_again(tmp_path):
+    train("bc", PENDULUM, tmp_path / "run", ["seeds=2"])
+    data = collect(Gym(id="Pendulum-v1"), FromRun(path=str(tmp_path / "run"), member=1), "expert", 100)
+    assert data.steps == 100
+    with pytest.raises(UserError, match="holds 2 seeds"):
+        collect(Gym(id="Pendulum-v1"), FromRun(path=str(tmp_path / "run"), member=2), "expert", 100)
+
+
+def test_a_changed_dataset_is_noticed_on_resume(tmp_path):
+    path = write_dataset(collect(Gym(id="Pendulum-v1"), PendulumSwing(), "random", 400), tmp_path / "set")
+    train("bc", f"offline:{path}", tmp_path / "run", steps=2)
+    path.rename(tmp_path / "old")
+    write_dataset(collect(Gym(id="Pendulum-v1"), PendulumSwing(), "random", 600), tmp_path / "set")
+    with pytest.raises(RunStopped, match="another dataset"):
+        volvelle.train(resume=tmp_path / "run", steps=3)
+
+
+@pytest.mark.parametrize("method, task, more, told", [
+    ("bc", "Pendulum-v1", [], "Pendulum-v1 is no dataset"), ("bc", None, [], "no task; give a dataset"),
+    ("bc", MAZE, [], "learns from rewards, and maze-small commands goals"), ("gcbc", PENDULUM, [], "Pendulum-v1 commands none"),
+    ("gcbc", MAZE, ["normalise_observations=true"], "not for recipes with goals"), ("gcbc", MAZE, ["rewards=minus-one"], "make their rewards from goals"),
+    ("bc", Generated(quality="medium", steps=1000).replace(env="MountainCarContinuous-v0"), [], "PLACE"),
+])
+def test_what_makes_no_sense_is_told_in_one_line(method, task, more, told, tmp_path):
+    if told == "PLACE":
+        path = write_dataset(PENDULUM.dataset(), tmp_path / "set")
+        from volvelle.offline.tasks import Recorded
+
+        task, told = Recorded(path=str(path), env="MountainCarContinuous-v0"), "was made for"
+    with pytest.raises(UserError, match=told) as error:
+        train(method, task, tmp_path / "run", more)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_relabels_change_sampled_batches(tmp_path):
+    from volvelle.core.parts import Call
+    from volvelle.control.slots import Relabel
+    from volvelle.offline.methods.bc import bc
+
+    seen = []
+
+    def zero(batch):
+        seen.append(batch["actions"].shape)
+        return {**batch, "actions": torch.zeros_like(batch["actions"])}
+
+    made = volvelle.train(bc(relabels={"zero": Call(zero).bound(Relabel)}, period=200, batch=32, head=None), task=PENDULUM, folder=tmp_path / "run", steps=2)
+    rows = PENDULUM.dataset().fields["obs"][None, :200]
+    assert len(seen) == 400 and made.learner.policy().act(rows).actions.abs().mean() < 0.1
