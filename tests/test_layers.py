@@ -9,7 +9,7 @@ import pytest
 from helpers import SOURCE, child_environment
 
 ROOT = Path(__file__).parents[1]
-NAMES = ["Wings stand on what is below them", "Methods are imported by methods only", "Planning does without language",
+NAMES = ["Wings stand on what is below them", "Methods are imported by methods only", "Planning does without language", "Curriculum does without language",
          "Planning outside its methods is arrays only"]
 
 
@@ -31,7 +31,9 @@ def test_contracts_hold():
     ("language/records.py", "from volvelle import control", NAMES[0]),
     ("language/loop.py", "from volvelle.language.methods import grpo", NAMES[1]),
     ("planning/tasks.py", "from volvelle.language import slots", NAMES[2]),
-    ("planning/tasks.py", "import torch", NAMES[3]),
+    ("planning/tasks.py", "import torch", NAMES[4]),
+    ("curriculum/tasks.py", "from volvelle.language import slots", NAMES[3]),
+    ("control/tasks.py", "from volvelle.curriculum import families", NAMES[0]),
 ])
 def test_contract_notices(tmp_path, module, line, broken):
     shutil.copytree(SOURCE / "volvelle", tmp_path / "volvelle", ignore=shutil.ignore_patterns("__pycache__"))
