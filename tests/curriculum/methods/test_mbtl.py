@@ -156,7 +156,7 @@ def test_it_stops_when_too_little_is_left_to_gain(tmp_path):
 def test_children_are_trained_in_the_chosen_contexts_and_a_resumed_run_ends_as_one_never_stopped(tmp_path):
     task, recipe = SIGNPOST.replace(worst=-2.0, best=0.0), ppo.override(*SMALL)
     part = mbtl(recipe=recipe, child_steps=2, chooser=ModelBased(restarts=0))
-    whole = volvelle.train(part, task=task, folder=tmp_path / "whole", steps=2, strict=True)
+    volvelle.train(part, task=task, folder=tmp_path / "whole", steps=2, strict=True)
     volvelle.train(part, task=task, folder=tmp_path / "broken", steps=1)
     volvelle.train(part, task=task, folder=tmp_path / "broken", steps=2, resume=tmp_path / "broken")
     one, other = (load_state(tmp_path / f / "curriculum") for f in ("whole", "broken"))
