@@ -188,6 +188,10 @@ def test_a_file_that_is_no_transfer_matrix_is_refused(tmp_path, arrays, words):
         TransferFile(path=str(tmp_path / "x.npz")).source(0)
 
 
+def test_what_trains_the_policies_is_named_on_the_command_line():
+    assert mbtl.override("recipe=dqn", "recipe.every=7").recipe.every == 7 and mbtl.override("recipe=ppo").recipe == ppo
+
+
 def test_pendulums_move_as_gymnasiums_do():
     import gymnasium as gym
 
