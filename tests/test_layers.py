@@ -10,7 +10,7 @@ from helpers import SOURCE, child_environment
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["Wings stand on what is below them", "Methods are imported by methods only", "Planning does without language", "Offline does without language",
-         "Planning outside its methods is arrays only"]
+         "Curriculum does without language", "Planning outside its methods is arrays only"]
 
 
 def lint(source: Path, cwd: Path) -> subprocess.CompletedProcess:
@@ -32,7 +32,9 @@ def test_contracts_hold():
     ("language/loop.py", "from volvelle.language.methods import grpo", NAMES[1]),
     ("planning/tasks.py", "from volvelle.language import slots", NAMES[2]),
     ("offline/tasks.py", "from volvelle.language import slots", NAMES[3]),
-    ("planning/tasks.py", "import torch", NAMES[4]),
+    ("planning/tasks.py", "import torch", NAMES[5]),
+    ("curriculum/tasks.py", "from volvelle.language import slots", NAMES[4]),
+    ("control/tasks.py", "from volvelle.curriculum import families", NAMES[0]),
 ])
 def test_contract_notices(tmp_path, module, line, broken):
     shutil.copytree(SOURCE / "volvelle", tmp_path / "volvelle", ignore=shutil.ignore_patterns("__pycache__"))
