@@ -22,12 +22,16 @@ from .slots import ControlTask
 
 @part("evaluation")
 class Evaluation(Part):
-    """episodes per evaluation and seed; explore: act as while training instead of greedily; record: videos kept per evaluation."""
+    """episodes per evaluation and seed; explore: act as while training instead of greedily; record: videos kept per evaluation.
+
+    Evaluations also report `training_return`: the mean return of the episodes that training finished in the last `training_share` of the run.
+    """
 
     slot: ClassVar[str] = "evaluation"
     episodes: Annotated[int, Field(gt=0)] = 10
     explore: bool = False
     record: Annotated[int, Field(ge=0)] = 0
+    training_share: Annotated[float, Field(gt=0, le=1)] = 0.5
 
 
 class Evaluator:
