@@ -200,7 +200,7 @@ def _arm(experts: int, **options):
 claim = Claim(
     says="keeps several equally good ways to act, where one Gaussian commits to one of them",
     arms={"sac": _arm(1), "pmoe": _arm(4), "improve-all": _arm(4, improve="all"), "gumbel": _arm(4, index="gumbel"), "score": _arm(4, index="score")},
-    task=TwoGoals(), steps=16, seeds=10, equal="environment steps", minutes=8,
+    task=TwoGoals(), steps=12, seeds=8, equal="environment steps", minutes=5,
     expects=("pmoe > sac on balance", "pmoe >= sac - 0.1 on return", "pmoe > improve-all on balance"))
 
 pmoe = method("pmoe", PMOE(**pmoe_parts), title="mixture of experts as the policy of soft actor-critic", source="arXiv 2104.09122", claim=claim)
