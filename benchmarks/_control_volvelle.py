@@ -22,8 +22,14 @@ SAME = {
             "alpha_optimiser.lr=3e-4", "warmup=1000", "replay.capacity=1000000", "replay.batch=256"],
     "dqn": ["network.hidden=[64,64]", "value=huber", "optimiser.clip=10", "optimiser.lr=1e-4", "warmup=1000", "replay.capacity=1000000", "replay.batch=256", "copy_every=10000"],
 }
-DQN_SCORE = ["network.hidden=[64,64]", "value=huber", "optimiser.clip=10", "optimiser.lr=1e-3", "warmup=1000", "replay.capacity=50000", "replay.batch=64", "every=4",
-             "copy_every=250", "epsilon_share=0.3", "epsilon_end=0.04"]
+Q = ["network.hidden=[64,64]", "optimiser.clip=10", "optimiser.lr=1e-3", "warmup=1000", "replay.capacity=50000", "replay.batch=64", "every=4", "copy_every=250",
+     "epsilon_share=0.3", "epsilon_end=0.04"]
+SCORE = {
+    "ppo": SAME["ppo"], "sac": SAME["sac"], "a2c": ["envs=16"], "dqn": [*Q, "value=huber"], "c51": [*Q, "value.low=0", "value.high=100", "value.bins=51"], "qr-dqn": Q,
+    "td3": ["actor_optimiser.lr=1e-3", "critic_optimiser.lr=1e-3", "warmup=1000"], "sac-discrete": ["entropy_share=0.3"], "reinforce": [],
+}
+BREAKOUT = ["network.hidden=[128]", "replay.batch=32", "replay.capacity=100000", "optimiser.lr=2.5e-4", "copy_every=1000", "epsilon_share=0.1", "epsilon_end=0.01"]
+PERIOD = {"ppo": 2048, "a2c": 80, "reinforce": 1}
 
 
 def timed(function, count: int) -> dict:
@@ -53,11 +59,11 @@ def speed() -> dict:
 
 
 def score() -> dict:
-    overrides = DQN_SCORE if job["method"] == "dqn" else SAME[job["method"]]
-    period = 2048 if job["method"] == "ppo" else 1000
-    made = volvelle.train(f"control/{job['method']}", task=job["env"], steps=-(-job["count"] // period), seed=job["seed"], folder=Path(tempfile.mkdtemp()) / "run",
-                          overrides=[*overrides, "evaluation.episodes=20"], checkpoint_every=0)
-    return {"return": made.result["metrics"]["return"], "seconds": made.result["seconds"]}
+    method = job["method"]
+    made = volvelle.train(f"control/{method}", task=job["env"], steps=-(-job["count"] // PERIOD.get(method, 1000)), seed=0, folder=Path(tempfile.mkdtemp()) / "run",
+                          overrides=[*SCORE[method], *(BREAKOUT if "Breakout" in job["env"] else []), f"seeds={job['seeds']}", "evaluation.episodes=20"],
+                          checkpoint_every=0)
+    return {"returns": [made.result["metrics"][f"return@{s}"] for s in range(job["seeds"])], "seconds": made.result["seconds"]}
 
 
 print(json.dumps(score() if job["what"] == "score" else speed()))

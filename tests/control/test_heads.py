@@ -21,7 +21,7 @@ def noise(head, n, seed=0):
     normal = torch.randn(n, head.noise_width, generator=generator)
     gumbel = -torch.empty(n, head.noise_width).exponential_(generator=generator).log()
     if head.noise == "mixed":
-        return torch.cat([normal[:, : head.split], gumbel[:, head.split :]], -1)
+        return torch.cat([normal[:, : head.normals], gumbel[:, head.normals :]], -1)
     return normal if head.noise == "normal" else gumbel
 
 

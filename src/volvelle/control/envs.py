@@ -147,6 +147,7 @@ class Serial(SyncVectorEnv):
         for i, (env, action) in enumerate(zip(self.envs, actions)):
             if self.resting[i]:
                 rewards[i], terminated[i], truncated[i] = 0.0, False, False
+                seen.append([0.0] * len(self.keys))
                 continue
             self.at = i
             observation, rewards[i], over, cut, info = env.step(action)

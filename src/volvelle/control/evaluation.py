@@ -22,12 +22,16 @@ from .slots import ControlTask
 
 @part("evaluation")
 class Evaluation(Part):
-    """episodes per evaluation and seed; explore: act as while training instead of greedily; record: videos kept per evaluation."""
+    """episodes per evaluation and seed; explore: act as while training instead of greedily; record: videos kept per evaluation.
+
+    Evaluations also report `training_return`: the mean return of the episodes that training finished in the last `training_share` of the run.
+    """
 
     slot: ClassVar[str] = "evaluation"
     episodes: Annotated[int, Field(gt=0)] = 10
     explore: bool = False
     record: Annotated[int, Field(ge=0)] = 0
+    training_share: Annotated[float, Field(gt=0, le=1)] = 0.5
 
 
 class Evaluator:
@@ -37,7 +41,7 @@ class Evaluator:
         copies = min(episodes, 10)
         self.rounds = math.ceil(episodes / copies)
         self.seeds, self.episodes, self.report = seeds, episodes, report
-        self.envs = Envs(task, seeds, copies, vocabulary=vocabulary.copy() if vocabulary is not None else None)
+        self.envs = Envs(task, seeds, copies, keys=task.info, vocabulary=vocabulary.copy() if vocabulary is not None else None)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -53,13 +57,14 @@ class Evaluator:
         left = np.full(envs.rows, self.rounds)
         envs.rest()
         envs.finished.clear()
-        memory, cut = None, 0
+        memory, cut, ends = None, 0, []
         while left.any():
             made = actor.act(each(lambda x: x.reshape(seeds, envs.count, *x.shape[1:]), obs), memory, explore)
             memory = made.memory
             done = len(envs.finished)
             obs, *_ = envs.step(to_environment(made.actions))
             ended = [row for row, _, _ in envs.finished[done:]]
+            ends += [(row // envs.count, [envs.infos[k][row] for k in envs.keys]) for row in ended if envs.keys]
             for row in np.flatnonzero((envs.lengths >= UNKNOWN_LIMIT) & (left > 0)) if envs.limit is None else ():
                 envs.finished.append((int(row), float(envs.returns[row]), int(envs.lengths[row])))
                 left[row], cut = 1, cut + 1  # a policy that never ends its episode has no use for another
@@ -80,6 +85,11 @@ class Evaluator:
         found["length"] = float(np.mean([p[:, 1].mean() for p in per_seed]))
         if seeds > 1:
             found |= {f"return@{s}": float(p[:, 0].mean()) for s, p in enumerate(per_seed)} | {f"length@{s}": float(p[:, 1].mean()) for s, p in enumerate(per_seed)}
+        if envs.keys:
+            gathered = [np.array([numbers for seed, numbers in ends if seed == s], float).reshape(-1, len(envs.keys)).T for s in range(seeds)]
+            made = [envs.task.measure(dict(zip(envs.keys, numbers))) for numbers in gathered]
+            for k in made[0]:
+                found |= {k: float(np.mean([m[k] for m in made]))} | ({f"{k}@{s}": float(m[k]) for s, m in enumerate(made)} if seeds > 1 else {})
         return found
 
 

@@ -23,8 +23,8 @@ Outputs = Tensor | tuple[Tensor, Tensor]
 
 
 class Distribution:
-    """A head bound to an action space. `width`: outputs of the network it reads, [..., width]; `noise`: "gumbel" or "normal",
-    `noise_width` numbers per action.
+    """A head bound to an action space. `width`: outputs of the network it reads, [..., width]; `noise`: "gumbel", "normal" or "mixed"
+    (`normals` normal numbers, then Gumbel ones), `noise_width` numbers per action.
 
     A head with `free` > 0 also has that many parameters of its own, the same in every state, that start at `start`; its outputs are then
     the pair (network outputs, parameters [S, 1, free]).
@@ -35,6 +35,7 @@ class Distribution:
     start: float = 0.0
     noise: str = "normal"
     noise_width: int = 0
+    normals: int = 0
 
     def sample(self, outputs: Outputs, noise: Tensor) -> Tensor:
         raise NotImplementedError
@@ -230,7 +231,7 @@ class Both(Distribution):
     def __init__(self, normal: Normal, codes: Categories):
         self.normal, self.codes, self.split = normal, codes, normal.size
         self.width, self.free, self.start = normal.width + codes.width, normal.free, normal.start
-        self.noise_width = normal.noise_width + codes.noise_width
+        self.normals, self.noise_width = normal.noise_width, normal.noise_width + codes.noise_width
 
     def parts(self, outputs: Outputs) -> tuple[Outputs, Tensor]:
         """What the continuous and the discrete part read."""

@@ -117,6 +117,7 @@ class ControlLearner(Assessed):
         self.normaliser: ObservationNormaliser | None = None
         self.obs: Any = None
         self.env_steps = 0
+        self.trained = np.zeros((2, part.seeds))  # sum of returns, and number, of the training episodes that count towards training_return
         self.evaluators: dict[Any, Evaluator] = {}
 
     def update_relabels(self, buffer: Any) -> None:
@@ -161,19 +162,28 @@ class ControlLearner(Assessed):
 
     def episode_metrics(self) -> dict[str, float]:
         metrics, returns = self.envs.pull()
+        if self.run.step >= (1 - self.part.evaluation.training_share) * self.run.config.steps:
+            self.trained += [[float(np.sum(r)) for r in returns], [len(r) for r in returns]]
         if self.part.seeds > 1:
             metrics |= {f"return@{s}": float(np.mean(r)) for s, r in enumerate(returns) if r}
         return {"env_steps": float(self.env_steps)} | metrics
 
+    def evaluate(self, task=None):
+        found = super().evaluate(task)
+        if task is None and self.evaluated is None and self.trained[1].all():
+            means = self.trained[0] / self.trained[1]
+            found |= {"training_return": float(means.mean())} | ({f"training_return@{s}": float(m) for s, m in enumerate(means)} if len(means) > 1 else {})
+        return found
+
     def state_dict(self) -> dict[str, Any]:
-        return {"env_steps": self.env_steps, "spec": self.spec.data(), "vocabulary": list(self.vocabulary.codes),
+        return {"env_steps": self.env_steps, "trained": self.trained.copy(), "spec": self.spec.data(), "vocabulary": list(self.vocabulary.codes),
                 "normaliser": self.normaliser.state_dict() if self.normaliser is not None else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         made_for = Spec.from_data(state["spec"])
         if made_for != self.spec:
             raise RunStopped(f"the checkpoint was made for {made_for.describe()}; {self.run.config.task.label()} has {self.spec.describe()}")
-        self.env_steps, self.obs = state["env_steps"], None
+        self.env_steps, self.trained, self.obs = state["env_steps"], state["trained"].copy(), None
         self.vocabulary.codes = {w: i for i, w in enumerate(state["vocabulary"])}
         if self.normaliser is not None:
             self.normaliser.load_state_dict(state["normaliser"])

@@ -38,3 +38,8 @@ def clipped_value_error(values: Tensor, old_values: Tensor, returns: Tensor, cli
     """max((v - R)^2, (v_old + clip(v - v_old, -clip, clip) - R)^2), per item."""
     moved = old_values + (values - old_values).clamp(-clip, clip)
     return torch.maximum((values - returns).square(), (moved - returns).square())
+
+
+def conservative_gap(values: Tensor, actions: Tensor) -> Tensor:
+    """log sum_a exp Q(s, a) - Q(s, a of the data), per item (arXiv 2006.04779). values [..., actions], actions [...]."""
+    return values.logsumexp(-1) - values.gather(-1, actions.unsqueeze(-1)).squeeze(-1)

@@ -150,7 +150,7 @@ def scaled(image: Tensor) -> Tensor:
 class Flat(nn.Module):
     """A dense body for any observation."""
 
-    def __init__(self, dense: Dense):
+    def __init__(self, dense: nn.Module):
         super().__init__()
         self.dense, self.width = dense, dense.width
 
@@ -212,6 +212,33 @@ class MLP(Network):
 
     def build(self, layout, copies, extra=0):
         return Flat(Dense(copies, layout.size + extra, self.hidden, self.activation, self.layer_norm, self.init))
+
+
+class _Skips(nn.Module):
+    """A dense layer, then blocks x + W2 f(W1 f(x)), each with layer normalisation at its start."""
+
+    def __init__(self, copies: int, fan_in: int, width: int, blocks: int, how: Initial):
+        super().__init__()
+        gain = math.sqrt(2) if how == "orthogonal" else 1.0
+        self.first, self.width = Linear(copies, fan_in, width, how, gain), width
+        self.blocks = nn.ModuleList(nn.ModuleList([LayerNorm(copies, width), *(Linear(copies, width, width, how, gain) for _ in range(2))]) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for norm, one, two in self.blocks:
+            x = x + two(F.relu(one(F.relu(norm(x)))))
+        return F.relu(x)
+
+
+@part("residual-mlp")
+class ResidualMLP(Network):
+    """Dense layers with residual blocks of two layers, all of the same width; images are flattened."""
+
+    width: Width = 256
+    blocks: Width = 2
+
+    def build(self, layout, copies, extra=0):
+        return Flat(_Skips(copies, layout.size + extra, self.width, self.blocks, self.init))
 
 
 class _Images(Network):

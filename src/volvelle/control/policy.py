@@ -27,6 +27,10 @@ class Deciding(nn.Module):
     def best(self, observations: Observation) -> Tensor:
         raise NotImplementedError
 
+    def greedy(self, observations: Observation, streams: Streams) -> Tensor:
+        """What evaluation plays: the best actions, unless a policy's best is itself random."""
+        return self.best(observations)
+
     def explore(self, observations: Observation, streams: Streams) -> Tensor:
         """Actions as while training, with random numbers from `streams`."""
         raise NotImplementedError
@@ -53,7 +57,7 @@ class Policy:
             observations = self.normaliser(observations)
         device = next(self.module.parameters()).device
         tensors = as_tensors(observations, device)
-        return Act(self.module.explore(tensors, self.streams) if explore else self.module.best(tensors), memory)
+        return Act(self.module.explore(tensors, self.streams) if explore else self.module.greedy(tensors, self.streams), memory)
 
     def save(self, folder: str | Path) -> None:
         """Weights, normalisation, vocabulary and the recipe that rebuilds the network, as safetensors and JSON."""

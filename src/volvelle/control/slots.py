@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import gymnasium as gym
+import numpy as np
 from torch import Tensor
 
 from volvelle.core.parts import Part
@@ -18,10 +19,16 @@ class ControlTask(Task):
     """An environment to act in; higher returns are better.
 
     `make` gives one Gymnasium environment. render: None, "human" or "rgb_array"; training: with what only training should see (Atari's lives).
+    info: names of numbers in the environment's `info` from which `measure` makes further metrics.
     """
 
     wing: ClassVar[str] = "control"
     metric: ClassVar[str] = "return"
+    info: ClassVar[tuple[str, ...]] = ()
+
+    def measure(self, ends: dict[str, np.ndarray]) -> dict[str, float]:
+        """Further metrics of the evaluated episodes of one seed, from the numbers that `info` names, as they were at the episodes' ends ([episodes])."""
+        return {}
 
     def make(self, render: str | None = None, training: bool = False) -> gym.Env:
         raise NotImplementedError

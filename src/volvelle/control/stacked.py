@@ -61,8 +61,8 @@ class Streams:
     def noise(self, head: Distribution, *shape: int) -> Tensor:
         """A block of what `head.sample` needs: [S, *shape, noise_width]."""
         if head.noise == "mixed":
-            split = head.noise_width - head.split
-            return torch.from_numpy(np.concatenate([self.normal(*shape, head.split), self.gumbel(*shape, split)], -1))
+            rest = head.noise_width - head.normals
+            return torch.from_numpy(np.concatenate([self.normal(*shape, head.normals), self.gumbel(*shape, rest)], -1))
         return torch.from_numpy(getattr(self, head.noise)(*shape, head.noise_width))
 
 

@@ -7,6 +7,7 @@ huber, hl-gauss, two-hot) back up numbers; the distributional ones (c51, quantil
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
@@ -63,13 +64,21 @@ class Huber(ValueHead):
         return F.smooth_l1_loss(outputs.squeeze(-1), target, reduction="none", beta=self.beta)
 
 
+@dataclass(frozen=True, eq=False)
 class _Range(ValueHead):
-    """Heads over a fixed range of values."""
+    """Heads over a fixed range of values.
+
+    prior: the value that outputs near 0 stand for (none: the middle of the range), as an initial bias of the output layer would give it.
+    """
+
+    prior: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise UserError(f"{self.part_name}: the range [{self.low}, {self.high}] must be finite with low < high")
+        if self.prior is not None and not self.low <= self.prior <= self.high:
+            raise UserError(f"{self.part_name}: prior={self.prior} lies outside the range; accepted: {self.low} to {self.high}")
 
     @property
     def width(self):
@@ -79,28 +88,36 @@ class _Range(ValueHead):
         """The values the bins stand for, [bins]."""
         return torch.linspace(self.low, self.high, self.bins, dtype=like.dtype, device=like.device)
 
+    def logits(self, outputs: Tensor) -> Tensor:
+        """Outputs with the bias of the prior: the log of its histogram, a hundredth of which is spread evenly."""
+        if self.prior is None:
+            return outputs
+        return outputs + (0.99 * self.label(torch.tensor(self.prior, dtype=outputs.dtype, device=outputs.device)) + 0.01 / self.bins).log()
+
     def value(self, outputs):
-        return (outputs.softmax(-1) * self.support(outputs)).sum(-1)
+        return (self.logits(outputs).softmax(-1) * self.support(outputs)).sum(-1)
 
     def label(self, target: Tensor) -> Tensor:
         """The histogram [..., bins] that stands for numbers [...]; each sums to 1 and has no gradient."""
         raise NotImplementedError
 
     def loss(self, outputs, target):
-        return -(self.label(target.detach()) * outputs.log_softmax(-1)).sum(-1)
+        return -(self.label(target.detach()) * self.logits(outputs).log_softmax(-1)).sum(-1)
 
 
 @part("hl-gauss")
 class HLGauss(_Range):
     """Cross-entropy to a Gaussian-smeared histogram of the target (arXiv 2403.03950).
 
-    bins intervals between low and high; sigma is `ratio` bin widths. Targets outside the range are moved to its edge.
+    bins intervals between low and high; the deviation is `ratio` bin widths, or `sigma` in units of value (to keep when bins change). Targets outside
+    the range are moved to its edge.
     """
 
     low: float = -10.0
     high: float = 10.0
     bins: Bins = 51
     ratio: Positive = 0.75
+    sigma: Positive | None = None
 
     def support(self, like):
         half = (self.high - self.low) / self.bins / 2
@@ -108,7 +125,7 @@ class HLGauss(_Range):
 
     def label(self, target):
         edges = torch.linspace(self.low, self.high, self.bins + 1, dtype=target.dtype, device=target.device)
-        sigma = self.ratio * (self.high - self.low) / self.bins
+        sigma = self.sigma or self.ratio * (self.high - self.low) / self.bins
         cdf = torch.erf((edges - target.clamp(self.low, self.high).unsqueeze(-1)) / (math.sqrt(2) * sigma))
         return cdf.diff(dim=-1) / (cdf[..., -1:] - cdf[..., :1])
 
@@ -150,14 +167,14 @@ class C51(_Range):
 
     def backup(self, outputs, rewards, discounts):
         values = rewards.unsqueeze(-1) + discounts.unsqueeze(-1) * self.support(outputs)
-        return project(outputs.softmax(-1), values, self.low, self.high, self.bins)
+        return project(self.logits(outputs).softmax(-1), values, self.low, self.high, self.bins)
 
     def label(self, target):
         return project(torch.ones_like(target).unsqueeze(-1), target.unsqueeze(-1), self.low, self.high, self.bins)
 
     def loss(self, outputs, target):
         label = target.detach() if target.ndim == outputs.ndim else self.label(target.detach())
-        return -(label * outputs.log_softmax(-1)).sum(-1)
+        return -(label * self.logits(outputs).log_softmax(-1)).sum(-1)
 
 
 @part("quantile")

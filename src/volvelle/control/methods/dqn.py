@@ -5,7 +5,7 @@ Idea: regress Q(s, a) to r + gamma max_a' Q_target(s', a') on transitions drawn 
 to the target network now and then, so that the regression target stands still in between.
 Pick it for discrete actions when environment steps are expensive. With many cheap environments ppo is faster in wall time; for continuous
 actions use sac or td3.
-Sources: arXiv 1312.5602 and Nature 518 (2015); double: arXiv 1509.06461; dueling: arXiv 1511.06581; prioritised replay: arXiv 1511.05952.
+Sources: arXiv 1312.5602 and Nature 518 (2015); double: arXiv 1509.06461; dueling: arXiv 1511.06581; prioritised replay: arXiv 1511.05952; conservative: arXiv 2006.04779.
 Other value heads (c51, quantile, hl-gauss, two-hot) turn it into the methods of their papers.
 """
 
@@ -23,7 +23,8 @@ from volvelle.core.schedule import Schedule, at
 from volvelle.core.trainable import Adam, Optimiser
 
 from ..buffers import Uniform
-from ..learner import Count, Positive
+from ..learner import Count, NonNegative, Positive
+from ..losses import conservative_gap
 from ..networks import CNN, MLP, Dueling, Network, Output
 from ..offpolicy import OffPolicy
 from ..policy import Deciding
@@ -41,6 +42,7 @@ class QLearning(OffPolicy):
 
     copy_every: environment steps between copies to the target network; tau instead: Polyak averaging at every gradient step.
     double: the online network chooses the next action, the target network values it. dueling: value and advantage streams.
+    conservative: weight of log sum exp Q - Q(data), on values, which keeps actions that the data lack from looking good.
     """
 
     network: Network = MLP(hidden=(120, 84), activation="relu")
@@ -54,6 +56,7 @@ class QLearning(OffPolicy):
     epsilon: Schedule | None = None
     copy_every: Count = 500
     tau: Positive | None = None
+    conservative: NonNegative = 0.0
 
     def actor(self, spec, seeds):
         return QNetwork(self, spec, seeds)
@@ -142,8 +145,12 @@ class QAgent:
             choosing = self.module(batch["next_obs"]) if part.double else following
             best = self.module.pick(following, self.module.read(choosing).argmax(-1))
             target = part.value.backup(best, batch["rewards"], batch["discounts"])
-        outputs = self.module.pick(self.module(batch["obs"]), batch["actions"])
-        return part.value.loss(outputs, target), outputs.detach(), target
+        every = self.module(batch["obs"])
+        outputs = self.module.pick(every, batch["actions"])
+        losses = part.value.loss(outputs, target)
+        if part.conservative:
+            losses = losses + part.conservative * conservative_gap(self.module.read(every), batch["actions"])
+        return losses, outputs.detach(), target
 
     def update(self, batch):
         losses, outputs, target = self.losses(batch)
