@@ -58,7 +58,7 @@ class Categories(gym.ObservationWrapper):
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.observation_space = _coded(env.observation_space)
-        if self.observation_space == env.observation_space and not _has(env.observation_space, spaces.Text):
+        if not (_has(self.observation_space, Coded) or _has(self.observation_space, spaces.Text)):
             raise UserError(f"categories: the observation {env.observation_space} holds only real numbers; accepted: Discrete, MultiDiscrete, MultiBinary, "
                             "boxes of whole numbers, Text")
 

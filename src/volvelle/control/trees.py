@@ -32,8 +32,8 @@ class Trees(Part):
     """How trees grow. depth: tests on a path; bins: candidate thresholds per number; grow: one test per level ("oblivious") or per node ("greedy").
 
     score: "cosine" on raw gradients, or "l2" on gradients standardised per output, which keeps large value gradients from deciding every
-    split; candidates: thresholds at quantiles of the batch or spaced uniformly; least: samples a leaf must have; control_variates: momentum of past
-    leaf values as a baseline of the gradients (its memory starts anew at every checkpoint); weights: of the features, in split search;
+    split; candidates: thresholds at quantiles of the batch or spaced uniformly; least: samples a leaf must have; control_variates: the momentum (decay
+    cv_decay) of past leaf values as a baseline of the gradients; weights: of the features, in split search;
     outputs: "sgd", or "adam" with moments rolled over the trees at prediction; distil_above: once an ensemble has more trees than this, it
     is fitted by squared error with `distil_to` trees of depth `distil_depth` and step size `distil_lr` (None: never).
     """
@@ -46,11 +46,12 @@ class Trees(Part):
     candidates: Literal["quantile", "uniform"] = "quantile"
     least: Annotated[int, Field(ge=0)] = 0
     control_variates: bool = False
+    cv_decay: Annotated[float, Field(gt=0, lt=1)] = 0.9
     weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     outputs: Literal["sgd", "adam"] = "sgd"
     distil_above: Count | None = None
     distil_to: Count = 100
-    distil_depth: Annotated[int, Field(ge=1, le=12)] = 6
+    distil_depth: Annotated[int, Field(ge=1, le=12)] = 4
     distil_lr: Annotated[float, Field(gt=0, le=1)] = 0.1
 
 
@@ -112,6 +113,8 @@ class Ensemble:
             raise UserError(f"trees.weights: has {len(part.weights)} numbers; the observations have {features}")
         if part.weights is not None and part.grow == "greedy" and 0 < len(categorical) < features:
             raise UserError("trees.weights with trees.grow=greedy: gbrl orders features of two kinds otherwise there; accepted: trees.grow=oblivious")
+        if part.control_variates and part.outputs == "adam":
+            raise UserError("trees.control_variates needs leaf values, which adam hides; accepted: trees.outputs=sgd")
         self.part, self.features, self.width, self.rates, self.total = part, features, width, list(rates), total
         self.categorical = list(categorical)
         self.numerical = [i for i in range(features) if i not in set(categorical)]
@@ -124,14 +127,12 @@ class Ensemble:
         """A model without trees that goes on where `before` trees left off."""
         p = self.part
         model = engine()(input_dim=self.features, output_dim=self.width, policy_dim=self.width, max_depth=p.depth, min_data_in_leaf=p.least, n_bins=p.bins,
-                         par_th=2**30, split_score_func=p.score, generator_type=p.candidates, use_control_variates=p.control_variates,
+                         par_th=2**30, split_score_func=p.score, generator_type=p.candidates, use_control_variates=False,
                          grow_policy=p.grow, verbose=0, device="cpu")
         for start, stop, rate in self.rates:
-            schedule: dict[str, Any] = {"scheduler": "Const", "init_lr": rate}
-            if self.total is not None:
-                left = max(self.total - self.before, 1)
-                now = LOWEST + (rate - LOWEST) * left / self.total
-                schedule = {"scheduler": "Linear", "init_lr": now, "stop_lr": LOWEST, "T": left}
+            schedule: dict[str, Any] = {"scheduler": "Const", "init_lr": self.rate(rate, self.before)}
+            if self.total is not None and self.before < self.total:
+                schedule |= {"scheduler": "Linear", "stop_lr": LOWEST, "T": self.total - self.before}
             model.set_optimizer(algo={"sgd": "SGD", "adam": "Adam"}[p.outputs], start_idx=start, stop_idx=stop, **schedule)
         return self.prepared(model)
 
@@ -167,13 +168,36 @@ class Ensemble:
     def step(self, x: np.ndarray, gradients: np.ndarray) -> None:
         """Fit one tree to per-sample gradients [N, width]."""
         numbers, words = self.split(x)
-        self.model.step(obs=numbers, categorical_obs=words, grads=np.ascontiguousarray(gradients, np.float32))
+        if self.part.control_variates and self.model.get_num_trees():
+            gradients = control_variates(gradients, self.momentum(numbers, words))
+        try:
+            self.model.step(obs=numbers, categorical_obs=words, grads=np.ascontiguousarray(gradients, np.float32))
+        except MemoryError:
+            raise RunStopped(f"gbrl cannot reserve the memory of trees with trees.depth={self.part.depth} trees.grow={self.part.grow}; make trees.depth smaller") from None
+
+    def momentum(self, numbers, words) -> np.ndarray:
+        """Exponential mean of the leaf values in which each sample fell, over the trees so far, newest weighing most; [N, width].
+
+        Trees that would weigh less than e^-100 are left out.
+        """
+        beta, trees = self.part.cv_decay, self.model.get_num_trees()
+        first = max(0, trees - int(100 / (1 - beta)))
+        total: Any = 0.0
+        for k in range(first, trees):
+            rates = np.concatenate([np.full(stop - start, self.rate(rate, self.before + k)) for start, stop, rate in self.rates])
+            leaves = -np.asarray(self.model.predict(numbers, words, k, k + 1)).reshape(-1, self.width) / rates
+            total = beta * total + (1 - beta) * leaves
+        return total / np.sqrt(1 - beta**trees)
+
+    def rate(self, rate: float, k: int) -> float:
+        """The learning rate of tree k."""
+        return rate if self.total is None else LOWEST + (rate - LOWEST) * max(self.total - k, 0) / self.total
 
     def distil(self, x: np.ndarray) -> float:
         """Replace all trees by `distil_to` ones fitted to their predictions on x; returns the root mean squared error there."""
         p, wanted = self.part, self.predict(x)
         student = engine()(input_dim=self.features, output_dim=self.width, policy_dim=self.width, max_depth=p.distil_depth, n_bins=p.bins, par_th=2**30,
-                           split_score_func="l2", generator_type="quantile", grow_policy="greedy", verbose=0, device="cpu")
+                           split_score_func="l2", generator_type="quantile", grow_policy="oblivious", verbose=0, device="cpu")
         student.set_optimizer(algo="SGD", scheduler="Const", init_lr=p.distil_lr, start_idx=0, stop_idx=self.width)
         self.prepared(student)
         numbers, words = self.split(x)
@@ -200,16 +224,15 @@ class Ensemble:
         return values, base
 
     def state_dict(self) -> dict[str, Any]:
-        return {"model": to_bytes(self.model), "student": to_bytes(self.student) if self.student is not None else None, "before": self.before}
+        model = to_bytes(self.model) if self.model.get_num_trees() else None  # an empty model's file does not know its features
+        return {"model": model, "student": to_bytes(self.student) if self.student is not None else None, "before": self.before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.before, self.student = state["before"], from_bytes(state["student"]) if state["student"] is not None else None
-        self.model = from_bytes(state["model"])
+        self.model = from_bytes(state["model"]) if state["model"] is not None else self.grow()
         data = self.model.get_metadata()
         if (data["input_dim"], data["output_dim"]) != (self.features, self.width):
             raise RunStopped(f"the tree ensemble maps {data['input_dim']} features to {data['output_dim']} outputs; expected {self.features} and {self.width}")
-        if not data["n_trees"]:
-            self.model = self.grow()  # the file of a model without trees does not know its features
 
 
 class Forest(nn.Module):
@@ -252,6 +275,15 @@ class Forest(nn.Module):
             raise RunStopped(f"{where}: holds {len(blobs)} tree ensembles; expected {len(self.ensembles)}")
         for i, e in enumerate(self.ensembles):
             e.load_state_dict(blobs[str(i)])
+
+
+def control_variates(gradients: np.ndarray, momentum: np.ndarray) -> np.ndarray:
+    """g - alpha (m - mean m) with alpha = clip(cov(g, m) / var(m), -1, 1) per output: less variance, the same mean. Both [N, width]."""
+    centred = momentum - momentum.mean(0)
+    variance = np.square(centred).mean(0)
+    covariance = ((gradients - gradients.mean(0)) * centred).mean(0)
+    alpha = np.clip(np.divide(covariance, variance, out=np.zeros_like(variance), where=variance > 0), -1, 1)
+    return gradients - alpha * centred
 
 
 def clip_rows(gradients: Tensor, bound: float | None) -> Tensor:
@@ -305,10 +337,6 @@ class Boosted:
             if above is not None and ensemble.trees > above:
                 errors.append(ensemble.distil(rows))
         return max(errors, default=None)
-
-    def settle(self) -> None:
-        """Become what a resumed run would read: what the file format does not hold (momenta of control variates) starts anew."""
-        self.module.load_blobs(self.module.blobs(), self.name)
 
     def state_dict(self) -> dict[str, Any]:
         return {"trees": self.module.blobs(), "steps": self.steps}

@@ -7,8 +7,8 @@ slices have learning rates of their own. Actor and critic may share the trees (`
 Pick it for structured, categorical or noisy features, small inference, SHAP values. Not for images, nor for very long training: prediction slows
 with every tree (`trees.distil_above` bounds that). Shared trees with the cosine score let large value gradients choose the splits: use
 trees.score=l2, a smaller value_weight, or separate ensembles (the default here, as in the reference configuration).
-Differences: the value loss here has no factor 1/2 (value_weight .436 is vf_coef .872). What gbrl's files do not hold, the momenta of control
-variates, starts anew at every checkpoint, in broken and unbroken runs alike.
+Differences: the value loss here has no factor 1/2 (value_weight .436 is vf_coef .872). Control variates are computed here from the trees: the
+package's own keep a memory that its files do not hold, so that no run with them could be resumed exactly.
 """
 
 from __future__ import annotations
@@ -179,11 +179,6 @@ class BoostedLearner(OnPolicyLearner):
         errors = [e for b in self.net.boosted.values() if (e := b.distil(batch["obs"])) is not None]
         trees = sum(f.trees for f in self.net.module.forests.values())
         return metrics | {"trees": float(trees)} | ({"distillation_error": max(errors)} if errors else {})
-
-    def before_checkpoint(self):
-        super().before_checkpoint()
-        for boosted in self.net.boosted.values():
-            boosted.settle()
 
 
 # the settings of the reference code for CartPole; vf_coef .872
