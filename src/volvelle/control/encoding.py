@@ -30,6 +30,10 @@ class Vocabulary:
         return Vocabulary(list(self.codes), closed=True)
 
 
+class Coded(spaces.MultiDiscrete):
+    """Whole numbers that name categories. They are encoded as codes, in `categorical` columns, instead of one-hot."""
+
+
 def _leaves(space: gym.Space, name: str, what: str) -> list[tuple[str, gym.Space]]:
     if isinstance(space, spaces.Dict):
         return [leaf for k, s in space.spaces.items() for leaf in _leaves(s, f"{name}/{k}".lstrip("/"), what)]
@@ -77,11 +81,12 @@ class EncodeObservation(gym.ObservationWrapper):
             if name in self.images:
                 sizes.append(0)
                 continue
-            size = 1 if isinstance(leaf, spaces.Text) else spaces.flatdim(leaf)
-            if isinstance(leaf, (spaces.Discrete, spaces.MultiDiscrete)) and size > LARGEST:
+            coded = isinstance(leaf, (spaces.Text, Coded))
+            size = (1 if isinstance(leaf, spaces.Text) else int(leaf.nvec.size)) if coded else spaces.flatdim(leaf)
+            if not coded and isinstance(leaf, (spaces.Discrete, spaces.MultiDiscrete)) and size > LARGEST:
                 raise UserError(f"observation {name!r} has {size} discrete values; one-hot columns are made up to {LARGEST}: encode it as numbers")
-            if isinstance(leaf, spaces.Text):
-                self.categorical.append(place)
+            if coded:
+                self.categorical.extend(range(place, place + size))
             sizes.append(size)
             place += size
         self.sizes, self.width = sizes, place
@@ -101,7 +106,7 @@ class EncodeObservation(gym.ObservationWrapper):
                 found[name] = np.moveaxis(np.asarray(value), -1, 0) if last else np.asarray(value).reshape(shape)
             elif isinstance(leaf, spaces.Text):
                 vector[place] = self.vocabulary(value)
-            elif isinstance(leaf, spaces.Box):
+            elif isinstance(leaf, (spaces.Box, Coded)):
                 vector[place : place + size] = np.asarray(value).reshape(-1)
             else:
                 vector[place : place + size] = spaces.flatten(leaf, value)

@@ -127,10 +127,6 @@ class ActorCritic(Deciding):
         count, device = next(iter(observations.values())).shape[1] if isinstance(observations, dict) else observations.shape[1], self.device
         return self.head.sample(outputs, streams.noise(self.head, count).to(device))
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
 
 class OnPolicyLearner(ControlLearner):
     """step = collect, reward, credit, improve."""
@@ -139,7 +135,7 @@ class OnPolicyLearner(ControlLearner):
         super().__init__(run, part, part.envs)
         seeds = part.seeds
         module = part.actor(self.spec, seeds)
-        self.net = make(run, "actor-critic", module, part.optimiser, seeds)
+        self.net = self.trainable(module)
         self.head, self.value = module.head, part.value
         self.size = sum(p.numel() for p in module.parameters())
         self.sampling, self.shuffling = Streams(run, "sampling", seeds), Streams(run, "shuffling", seeds)
@@ -153,6 +149,10 @@ class OnPolicyLearner(ControlLearner):
             "cut": ((), bool), "final_values": ((), np.float32), "valid": ((), bool), **{k: ((), np.float32) for k in self.envs.keys}})
         self.blocks.arrays["valid"][:] = True
         self.loss = compiled(run, self._loss)
+
+    def trainable(self, module: ActorCritic):
+        """The Trainable that moves the module: anything with `module`, backward(loss) and step(scale)."""
+        return make(self.run, "actor-critic", module, self.part.optimiser, self.part.seeds)
 
     # ---- collect
 

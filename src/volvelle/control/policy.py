@@ -35,6 +35,17 @@ class Deciding(nn.Module):
         """Actions as while training, with random numbers from `streams`."""
         raise NotImplementedError
 
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def weights(self) -> dict[str, Any]:
+        """What a saved policy keeps of it."""
+        return dict(self.state_dict())
+
+    def load_weights(self, saved: dict[str, Any], where: str) -> None:
+        copy_weights(saved, dict(self.state_dict(keep_vars=True)), where)
+
 
 def as_tensors(observations: Any, device="cpu") -> Observation:
     if isinstance(observations, dict):
@@ -55,14 +66,13 @@ class Policy:
     def act(self, observations: Any, memory: Any = None, explore: bool = False) -> Act:
         if self.normaliser is not None:
             observations = self.normaliser(observations)
-        device = next(self.module.parameters()).device
-        tensors = as_tensors(observations, device)
+        tensors = as_tensors(observations, self.module.device)
         return Act(self.module.explore(tensors, self.streams) if explore else self.module.greedy(tensors, self.streams), memory)
 
     def save(self, folder: str | Path) -> None:
         """Weights, normalisation, vocabulary and the recipe that rebuilds the network, as safetensors and JSON."""
         save_state(Path(folder), {
-            "weights": dict(self.module.state_dict()), "recipe": to_config(self.recipe), "task": self.task, "spec": self.spec.data(), "seeds": self.seeds,
+            "weights": self.module.weights(), "recipe": to_config(self.recipe), "task": self.task, "spec": self.spec.data(), "seeds": self.seeds,
             "normaliser": self.normaliser.state_dict() if self.normaliser is not None else None, "vocabulary": list(self.vocabulary.codes)})
 
     @classmethod
@@ -79,7 +89,7 @@ class Policy:
             spec.require(made_for, f"policy {folder}", where)
         recipe = from_config(Recipe, state["recipe"], "recipe")
         module = recipe.actor(made_for, state["seeds"])
-        copy_weights(state["weights"], dict(module.state_dict(keep_vars=True)), f"policy {folder}")
+        module.load_weights(state["weights"], f"policy {folder}")
         normaliser = None
         if state["normaliser"] is not None:
             normaliser = ObservationNormaliser(state["seeds"], made_for.observations.vector)
