@@ -17,7 +17,7 @@ from pydantic import Field
 from .errors import RunStopped, UserError, unknown
 from .files import directory
 from .parts import Part, Recipe, part
-from .run import Run, RunConfig
+from .run import Run
 from .tasks import Task
 
 Count = Annotated[int, Field(gt=0)]

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from volvelle.core.claims import Arm, Claim
 from volvelle.core.errors import RunStopped, UserError
 from volvelle.core.parts import method, part
 from volvelle.core.trainable import Adam, Optimiser
@@ -30,10 +29,8 @@ from ..onpolicy import ActorCritic, OnPolicy, OnPolicyLearner
 from ..policy import Deciding
 from ..learner import Positive
 from ..stacked import make
-from ..symbolic_grid import SymbolicGrid
-from ..categories import CategoriesTask
 from ..trees import Boosted, Forest, Trees
-from .ppo import Clipped, ppo
+from .ppo import Clipped
 
 NETWORK, OPTIMISER = MLP(init="orthogonal"), Adam(lr=2.5e-4, eps=1e-5, clip=0.5)
 

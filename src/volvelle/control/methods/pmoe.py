@@ -29,6 +29,7 @@ from volvelle.core.trainable import Adam
 from ..buffers import Uniform
 from ..envs import each
 from ..evaluation import Evaluation
+from ..heads import PolicyHead
 from ..landscapes import TwoGoals
 from ..learner import Count, NonNegative
 from ..mixtures import Composed, SquashedMixture, chosen
@@ -62,7 +63,7 @@ class PMOE(SAC):
     gumbel_temperature: of index=gumbel; greedy: the likeliest expert's mean, or that of a drawn one.
     """
 
-    head: SquashedMixture = SquashedMixture(experts=4)
+    head: PolicyHead = SquashedMixture(experts=4)
     alpha_fresh: bool = False
     index: Literal["frequency", "gumbel", "score"] = "frequency"
     improve: Literal["best", "all", "weighted"] = "best"
@@ -75,6 +76,8 @@ class PMOE(SAC):
 
     def check(self, recipe):
         super().check(recipe)
+        if not isinstance(self.head, SquashedMixture):
+            raise UserError(f"head={self.head.part_name}: pmoe weighs experts; accepted: squashed-mixture (head.experts=1 is a single Gaussian)")
         if self.alpha_fresh:
             raise UserError("alpha_fresh=true: pmoe tunes alpha by the log-probability of the improved expert; accepted: false")
         if self.head.compose != "draw" and self.index != "frequency":

@@ -17,6 +17,7 @@ from torch import nn
 from volvelle.core.errors import UserError
 from volvelle.core.parts import method, part
 
+from ..heads import PolicyHead
 from ..learner import NonNegative
 from ..mixtures import GaussianMixture
 from ..networks import Network, Output
@@ -30,12 +31,14 @@ from .ppo import ppo_continuous
 class PMOEPPO(OnPolicy):
     """frequency_weight: of the frequency loss; gate: network of the mixing weights (none: linear in the observation)."""
 
-    head: GaussianMixture = GaussianMixture(experts=4)
+    head: PolicyHead = GaussianMixture(experts=4)
     frequency_weight: NonNegative = 1.0
     gate: Network | None = None
 
     def check(self, recipe):
         super().check(recipe)
+        if not isinstance(self.head, GaussianMixture):
+            raise UserError(f"head={self.head.part_name}: pmoe-ppo weighs experts; accepted: {GaussianMixture.part_name}")
         if self.shared:
             raise UserError("shared=true: the experts of pmoe-ppo have a network of their own; accepted: false")
 
