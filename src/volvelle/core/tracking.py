@@ -6,7 +6,7 @@ import contextlib
 import importlib
 from pathlib import Path
 
-from .errors import UserError
+from .errors import RunStopped, UserError
 from .run import config_data
 
 
@@ -24,14 +24,20 @@ def clients(config) -> dict:
 @contextlib.contextmanager
 def open_trackers(config, folder: Path):
     """Yield `track(metrics, step)`, which writes to every tracker named in `config.track`."""
-    opened = [_OPEN[name](client, config, folder) for name, client in clients(config).items()]
-    sinks, closers = [sink for sink, _ in opened], [close for _, close in opened]
+    sinks, closers = [], []
 
     def track(metrics: dict[str, float], step: int) -> None:
         for sink in sinks:
             sink(metrics, step)
 
     try:
+        for name, client in clients(config).items():
+            try:
+                sink, close = _OPEN[name](client, config, folder)
+            except Exception as error:
+                raise RunStopped(f"track={name}: the tracker did not start: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+            sinks.append(sink)
+            closers.append(close)
         yield track
     finally:
         for close in closers:
@@ -55,7 +61,7 @@ def _wandb(client, config, folder):
 
 def _trackio(client, config, folder):
     client.init(project="volvelle", name=folder.name, config=config_data(config))
-    return (lambda metrics, step: client.log({**metrics, "step": step})), client.finish
+    return (lambda metrics, step: client.log(metrics, step=step)), client.finish
 
 
 def _mlflow(client, config, folder):
