@@ -27,7 +27,10 @@ from volvelle.core.verbs import configure, methods  # noqa: E402
 def learner(name: str, task: str, model: str, prompts: int, group: int):
     words = [f"prompts={prompts}"]
     config = configure(name, task, model, words)
-    if hasattr(config.recipe.sampler, "group"):
+    sampler = config.recipe.sampler
+    if hasattr(sampler, "base"):  # demonstrations take places of the group
+        config = config.override(**{"recipe.sampler.base.group": group - (sampler.group - sampler.base.group)})
+    elif hasattr(sampler, "group"):
         config = config.override(**{"recipe.sampler.group": group})
     config = config.override(**{"recipe.updates.epochs": 1, "recipe.updates.minibatch": "none"})
     if config.recipe.filter is not None:

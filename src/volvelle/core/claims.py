@@ -33,7 +33,8 @@ class Claim:
     """What a paper says, as arms to run and expectations to hold.
 
     says: the claim in words; arms: name -> Recipe (or Arm); task, model, steps: shared by all arms;
-    expects: such as "ngrpo > grpo on pass@1", all of which must hold; seeds: how many, paired; equal: what the arms share ("samples",
+    expects: such as "ngrpo > grpo on pass@1", all of which must hold; seeds: how many, paired, from `first_seed`
+    on (fresh ones where earlier seeds helped to choose a setting); equal: what the arms share ("samples",
     "steps", "environment steps"); minutes: of the whole claim on 2 CPU cores; prepare: a recipe run once per seed whose products every arm
     takes (`take`: field of the run configuration -> product); quick: smaller numbers for the tests; paper: the paper's own setting.
     """
@@ -45,6 +46,7 @@ class Claim:
     model: Any = None
     steps: int = 100
     seeds: int = 5
+    first_seed: int = 0
     equal: str = "samples"
     minutes: float = 10.0
     prepare: Recipe | None = None
@@ -99,7 +101,7 @@ def run_claim(name: str, claim: Claim, folder: str | Path, scale: str = "cpu", b
               progress: Callable | None = None) -> Reproduction:
     """Run every arm of a claim with paired seeds and hold the expectations against the results."""
     claim, folder = claim.scaled(scale), Path(folder)
-    seeds = list(range(claim.seeds))
+    seeds = [claim.first_seed + i for i in range(claim.seeds)]
     arms = {arm: claim.config(arm, name) for arm in claim.arms}
     if claim.prepare is not None:
         comparison = _with_preparation(name, claim, arms, seeds, folder, backend, workers, progress)
