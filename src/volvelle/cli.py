@@ -159,11 +159,9 @@ def compare(arms: Annotated[list[str], typer.Argument(help="methods, each with i
     numbers = _number_list(seeds)
     with progress("comparing") as tell:
         made = verbs.compare([a for a in arms if a not in shared], task, model, seeds=numbers[0] if "," not in seeds else numbers, folder=folder, backend=backend,
-                             workers=workers, overrides=shared, progress=tell, steps=steps, evaluate_every=evaluate_every, dtype=dtype)
+                             workers=workers, overrides=shared, metric=metric, progress=tell, steps=steps, evaluate_every=evaluate_every, dtype=dtype)
     first = next(iter(made.arms.values()))
     metric = metric or (first.task.metric if first.task else next(iter(next(iter(made.values.values())))))
-    if metric not in next(iter(made.values.values())):
-        raise UserError(f"--metric {metric!r}: accepted: {', '.join(next(iter(made.values.values())))}")
     if as_json:
         print(json.dumps({"folder": str(made.folder), "table": made.table(metric)}))
         return

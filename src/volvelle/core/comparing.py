@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from . import together
-from .errors import UserError
+from .errors import UserError, unknown
 from .files import read_json, read_lines
 from .launch import Job, run_jobs
 from .run import RunConfig, config_data
@@ -98,11 +98,11 @@ def _main_curves(curves: dict, metrics: Sequence[str] | None) -> dict:
 
 
 def compare_arms(arms: dict[str, RunConfig], seeds: Sequence[int], folder: str | Path, backend: str = "local", workers: int = 1,
-                 progress: Callable | None = None) -> Comparison:
+                 progress: Callable | None = None, metric: str | None = None) -> Comparison:
     """Run every arm with every seed (seed by seed, so that a broken comparison has complete pairs) and gather the results.
 
     With one local worker, an arm whose recipe can train several seeds as one model does so (see together.py). Runs that are there already
-    are read back, broken ones resumed. UserError on no arms or repeated seeds.
+    are read back, broken ones resumed. UserError on no arms or repeated seeds, and as soon as a run's result lacks `metric`.
     """
     if not arms:
         raise UserError("compare: no arms; give at least one method")
@@ -118,6 +118,8 @@ def compare_arms(arms: dict[str, RunConfig], seeds: Sequence[int], folder: str |
     results: dict[str, list] = {arm: [None] * len(seeds) for arm in arms}
     for n, (job, result) in enumerate(run_jobs(jobs, backend, workers)):
         arm, i = where[id(job)]
+        if metric is not None and metric not in result["metrics"]:
+            raise unknown("metric", metric, result["metrics"], f" of {arm}")
         if arm in whole:
             results[arm] = together.split(job, arms[arm], seeds, places[arm])
         else:

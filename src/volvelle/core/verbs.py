@@ -157,11 +157,11 @@ def _for_evaluation(config: RunConfig, overrides) -> RunConfig:
 
 
 def compare(arms: Sequence[str | Recipe] | Mapping[str, Any], task=None, model=None, *, seeds: int | Sequence[int] = 5, folder: str | Path | None = None,
-            backend: str = "local", workers: int = 1, overrides=(), progress: Callable | None = None, **options) -> Comparison:
+            backend: str = "local", workers: int = 1, overrides=(), metric: str | None = None, progress: Callable | None = None, **options) -> Comparison:
     """Run several arms with paired seeds on one task and write report.html.
 
     arms: "grpo", "grpo advantage=ngrpo", "mine=grpo advantage=ngrpo" (named), or a mapping from names to recipes; overrides go to every
-    arm. Returns a Comparison with values, tables and curves. Calling it again with the same folder goes on where it stopped.
+    arm; metric: one that every result must have, or the comparison stops at the first run. Returns a Comparison with values, tables and curves. Calling it again with the same folder goes on where it stopped.
     """
     named = dict(arms) if isinstance(arms, Mapping) else dict(_arm(a) for a in arms)
     if not isinstance(arms, Mapping) and len(named) != len(arms):
@@ -172,7 +172,7 @@ def compare(arms: Sequence[str | Recipe] | Mapping[str, Any], task=None, model=N
         configs[name].recipe.validate(configs[name].task)
     folder = Path(folder) if folder else Path("runs") / ("compare-" + "-vs-".join(re.sub(r"[^A-Za-z0-9_.+-]+", "-", n) for n in configs))
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    made = compare_arms(configs, numbers, folder, backend, workers, progress)
+    made = compare_arms(configs, numbers, folder, backend, workers, progress, metric)
     label = next(iter(configs.values())).task
     made.write(" vs ".join(configs) + (f" on {label.label()}" if label else ""))
     return made
