@@ -260,6 +260,10 @@ def test_a_prompt_that_does_not_fit(tmp_path):
         train_config(text("grpo", "sampler.overlong=skip", "curriculum=fixed", task=task), tmp_path / "b")
     made = train_config(text("grpo", "sampler.overlong=skip", "prompts=8", task=task), tmp_path / "c")
     assert made.result["steps"] == 3 and [r["groups"] for r in rows(tmp_path / "c")[1:]] == [4, 4, 4]
+    made = train_config(text("grpo", "sampler.overlong=skip", "prompts=8", "evaluation.split=train", task=task), tmp_path / "d")
+    assert made.result["metrics"]["skipped"] == 4
+    with pytest.raises(RunStopped, match="exceeds the policy's context of 24"):
+        train_config(text("sft", "evaluation.split=train", task=task), tmp_path / "e")
 
 
 @pytest.mark.parametrize("words, says", [

@@ -310,11 +310,13 @@ class LanguageLearner:
                 "solved": self.task.solved(r.reward) if split_name != "train" else None, "tokens": len(r.ids), "finish": r.finish}
 
     def evaluate(self, task=None) -> dict[str, float]:
-        """pass@k with the 95 % interval of pass@1 over prompts, mean score and length on held-out prompts. Changes no state."""
+        """pass@k with the 95 % interval of pass@1 over prompts, mean score and length on held-out prompts; with sampler.overlong=skip
+        also `skipped`, the number of those that do not fit. Changes no state."""
         e, task = self.recipe.evaluation, task or self.task
         if hasattr(task, "exact_pass_at_k") and hasattr(self.policy, "leaf_probabilities"):
             return task.exact_pass_at_k(self.policy.leaf_probabilities(), e.ks)
-        prompts = task.split(e.split)[: e.prompts]
+        asked = task.split(e.split)[: e.prompts]
+        prompts = self.fitting(task, asked)
         rollouts = self.eval_rollouts(task, prompts)
         scores = [task.score(r.prompt, r.text) for r in rollouts]
         solved = np.array([task.solved(v) for v in scores]).reshape(len(prompts), e.samples).sum(1)
@@ -326,16 +328,33 @@ class LanguageLearner:
         if len(set(domains)) > 1:
             out |= {f"pass@1/{d or 'none'}": float(solved[domains == d].mean() / e.samples) for d in sorted(set(domains))}
         out |= {"score": sum(scores) / len(scores), "length": sum(len(r.ids) for r in rollouts) / len(rollouts)}
+        if self.skips:
+            out["skipped"] = float(len(asked) - len(prompts))
         for r, s in zip(rollouts, scores):
             r.reward = s
         self.run.sample([self.record(r, e.split) for r in rollouts[:: e.samples][: e.log * 2]])
         return out
 
+    @property
+    def skips(self) -> bool:
+        return getattr(getattr(self.sampler, "part", None), "overlong", "stop") == "skip"
+
+    def longest(self, task) -> int:
+        """Longest response in evaluation: the sampler's on its own task, or else the task's."""
+        plain = getattr(self.sampler, "sampling", None)
+        return plain.max_tokens if plain and task == self.task else task.max_tokens
+
+    def fitting(self, task, prompts: list[Prompt]) -> list[Prompt]:
+        """The prompts that leave room for a response, where sampler.overlong=skip leaves out the others."""
+        found = [p for p in prompts if not self.skips or len(self.policy.encode(p)) + self.longest(task) <= self.policy.context]
+        if not found:
+            raise RunStopped("every prompt of the evaluation is longer than the policy's context allows")
+        return found
+
     def eval_rollouts(self, task, prompts: list[Prompt]) -> list[Rollout]:
         """`evaluation.samples` responses to each prompt, the same random numbers at every evaluation of a run."""
         e, plain = self.recipe.evaluation, getattr(self.sampler, "sampling", None)
-        cap = plain.max_tokens if plain and task == self.task else task.max_tokens
-        sampling = Sampling(e.temperature, 0, e.top_p, 0.0, cap, plain.stop if plain and task == self.task else task.stop)
+        sampling = Sampling(e.temperature, 0, e.top_p, 0.0, self.longest(task), plain.stop if plain and task == self.task else task.stop)
         share = self.run.processes.share(len(prompts))
         name = f"{self.run.seed}/evaluation" + (f"/{self.run.processes.rank}" if self.run.processes.rank else "")
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
