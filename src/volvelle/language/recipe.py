@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from volvelle.core.errors import UserError
-from volvelle.core.parts import Part, Recipe, part
+from volvelle.core.parts import Call, Part, Recipe, part
 
 from .advantages import GroupNormalised
 from .curricula import Shuffle
@@ -118,12 +119,13 @@ class LanguageRecipe(Recipe):
         binary = [p for p in (self.objective, self.advantage, *self.terms.values()) if p is not None and "binary_rewards" in p.needs]
         if binary and not self.gives_binary(task):
             raise UserError(f"{type(binary[0]).slot}={name_of(binary[0])} needs rewards of 0 or 1, and reward={name_of(self.reward)} "
-                            f"on task {task.label() if task else '?'} is graded")
+                            f"on task {task.label() if task else '?'} is graded; a function of your own says that it is not by its annotation, -> bool")
         super().validate(task)
 
     def gives_binary(self, task) -> bool:
         gives = self.reward.gives if self.reward is not None else frozenset()
-        return "binary_rewards" in gives or (task is not None and isinstance(self.reward, Verifier) and "binary_rewards" in task.gives)
+        said = isinstance(self.reward, Call) and inspect.signature(self.reward.function).return_annotation in (bool, "bool")
+        return said or "binary_rewards" in gives or (task is not None and isinstance(self.reward, Verifier) and "binary_rewards" in task.gives)
 
     def start(self, run):
         from .loop import LanguageLearner

@@ -68,7 +68,8 @@ class Sampler(Part):
 
 class Reward(Part):
     """Scores rollouts. `score(rollouts) -> {name: [n]}` is slow and local; `total(scores, batch_meta, step) -> [N]` is small and sees
-    the whole batch. A plain function `reward(prompt, response, **row) -> float` can stand here; `row` holds the prompt's columns.
+    the whole batch. A plain function `reward(prompt, response, **row) -> float` can stand here; `row` holds the prompt's columns;
+    -> bool says that it gives 0 or 1 only, as some objectives need.
     """
 
     slot: ClassVar[str] = "reward"

@@ -295,3 +295,18 @@ def test_a_transformer_resets_and_resumes(tmp_path, lora):
     assert learnt["steps"] == 1  # reset after the second step
     assert all(p.requires_grad == (lora is None or "lora" in name) for name, p in done.learner.policy.module.named_parameters())
     assert any(not torch.equal(kept[name], value) for name, value in learnt["weights"].items())
+
+
+def yes_or_no(prompt, response) -> bool:
+    return len(response) % 2 == 0
+
+
+def graded(prompt, response) -> float:
+    return len(response) % 2
+
+
+def test_a_function_of_ones_own_says_by_its_annotation_that_it_is_binary(tmp_path):
+    made = volvelle.train(FAST(reward=yes_or_no), task=SMALL, model="tabular", steps=1, folder=tmp_path / "run")
+    assert made.result["steps"] == 1
+    with pytest.raises(UserError, match="needs rewards of 0 or 1.*by its annotation, -> bool"):
+        volvelle.train(FAST(reward=graded), task=SMALL, model="tabular", steps=1, folder=tmp_path / "other")
