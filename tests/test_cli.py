@@ -129,11 +129,12 @@ def test_a_run_from_beginning_to_end(volvelle, tmp_path):
 
 
 def test_comparing(volvelle, tmp_path):
-    words = ["compare", "grpo", "calm=grpo advantage=ngrpo", *SMALL, "--task", "tree", "--steps", 2, "--seeds", 2, "--out", "both"]
+    words = ["compare", "grpo", "calm=grpo advantage=ngrpo", *SMALL, "--task", "tree", "--steps", 2, "--evaluate-every", 1, "--seeds", 2, "--out", "both"]
     code, out, err = volvelle(*words, "--json")
     assert code == 0, err
     table = json.loads(out.splitlines()[-1])["table"]
     assert [r["arm"] for r in table] == ["grpo", "calm"] and "difference" in table[1]
+    assert "calm" in (tmp_path / "both" / "curves.svg").read_text()
     assert (tmp_path / "both" / "report.html").is_file() and (tmp_path / "both" / "calm" / "seed-1" / "result.json").is_file()
     assert volvelle(*words)[0] == 0  # again: nothing is done twice
     code, _, err = volvelle(*words, "--metric", "speed")

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import together
 from .errors import UserError, unknown
-from .files import read_json, read_lines
+from .files import read_json, read_lines, write_text
 from .launch import Job, run_jobs
 from .run import RunConfig, config_data
 from .statistics import Outcome, mean_interval, paired
@@ -71,7 +71,11 @@ class Comparison:
         return [Sample(_text(r["prompt"]), r["response"], r.get("solved"), r["reward"]) for r in rows if r["step"] == last]
 
     def write(self, title: str, metrics: Sequence[str] | None = None, says: str | None = None, outcomes: Sequence[Outcome] = ()) -> Path:
-        """report.html in the comparison's folder. metrics: those of the final table (all when not given)."""
+        """report.html in the comparison's folder, and curves.svg, its first picture of an evaluated metric: that of `metrics` or the task's.
+
+        metrics: those of the final table (all when not given).
+        """
+        from .plots import learning_curves
         from .report import ArmData, write_report  # the plotting library takes a second to import: only who draws waits for it
 
         arms = []
@@ -84,6 +88,9 @@ class Comparison:
         setting = {k: v for k, v in setting.items() if v != ""}
         path = self.run_folder(next(iter(self.arms)), self.seeds[0]) / "environment.json"
         environment = read_json(path) if path.exists() else {}
+        main = metrics[0] if metrics else first.task.metric if first.task else None
+        if drawn := {a.name: a.curves[f"eval/{main}"] for a in arms if f"eval/{main}" in a.curves}:
+            write_text(self.folder / "curves.svg", learning_curves(drawn, metric=main, rng=np.random.default_rng(0), title=title))
         return write_report(self.folder / "report.html", title, arms, setting=setting, says=says, outcomes=outcomes, environment=environment)
 
 
