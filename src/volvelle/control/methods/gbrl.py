@@ -61,6 +61,11 @@ class BoostedPolicy(OnPolicy):
         if self.critic == "network" and self.shared:
             raise UserError("shared=true with critic=network: a network cannot share the actor's trees; accepted: shared=false")
 
+    @property
+    def rows(self) -> int:
+        """The most samples that one tree is fitted to."""
+        return self.envs * self.length // self.minibatches
+
     def actor(self, spec, seeds):
         return TreeActorCritic(self, spec, seeds)
 
@@ -84,11 +89,11 @@ class TreeActorCritic(Deciding):
         about = seeds, recipe.trees, layout.vector, layout.categorical
         self.forests: dict[str, Forest] = {}
         if recipe.shared:
-            self.forests["shared"] = Forest(*about, self.width + extra, [policy, value])
+            self.forests["shared"] = Forest(*about, self.width + extra, [policy, value], recipe.rows)
         else:
-            self.forests["policy"] = Forest(*about, self.width, [policy])
+            self.forests["policy"] = Forest(*about, self.width, [policy], recipe.rows)
             if recipe.critic == "trees":
-                self.forests["value"] = Forest(*about, extra, [(0, extra, recipe.value_lr)])
+                self.forests["value"] = Forest(*about, extra, [(0, extra, recipe.value_lr)], recipe.rows)
         self.value_net = Output(recipe.network.build(layout, seeds), seeds, extra, recipe.network.init) if recipe.critic == "network" else None
         self.log_std = Free(seeds, self.head.free, self.head.start) if self.head.free else None
 
