@@ -289,16 +289,21 @@ def test_the_symbolic_grid_needs_the_key_before_the_door():
     assert env.observation_space.contains(env.reset(seed=1)[0])
 
 
-def test_the_cue_lies_on_the_goal_in_training_and_moves_in_the_test():
-    env = SymbolicGrid(test="both").make(training=True)
+@pytest.mark.parametrize("where", ["beside", "goal"])
+def test_the_cue_keeps_to_the_goal_in_training_and_moves_in_the_test(where):
+    def follows(env):
+        return (env.mark - env.goal).tolist() in ([[0, 0]] if where == "goal" else [[1, 0]] if env.goal[0] < 5 else [[-1, 0]])
+
+    env = SymbolicGrid(decoration=where, test="both").make(training=True)
     env.reset(seed=0)
-    assert all((env.mark == env.goal).all() and not env.moved for _ in range(20) if env.reset())
-    env, moved = SymbolicGrid(test="both").make(), []
+    assert all(follows(env) and not env.moved for _ in range(30) if env.reset())
+    env, moved, free = SymbolicGrid(decoration=where, test="both").make(), [], []
     for i in range(40):
         env.reset(seed=0 if i == 0 else None)
         moved.append(env.moved)
-        assert env.moved or (env.mark == env.goal).all()
-    assert moved == [False, True] * 20
+        free.append(not follows(env))
+        assert env.moved or follows(env)
+    assert moved == [False, True] * 20 and sum(free) > 15
     task = SymbolicGrid(test="both")
     assert task.measure({"paid": np.array([1.0, 0.0, 0.5, 0.5]), "moved": np.array([0.0, 1, 0, 1])}) == {"kept": 0.75, "moved": 0.25, "drop": 0.5}
     assert open_env(SymbolicGrid(coded=True, noise=20))[1].observations.categorical == tuple(range(33)) and SymbolicGrid().measure({}) == {}
