@@ -110,8 +110,8 @@ claim = Claim(
     says="gets more of a submodular reward than the same method paid per state",
     arms={"coverage-myopic": _arm(SetWalk(), "myopic"), "coverage-final": _arm(SetWalk(pays="final"))}
     | {f"{name}-{arm}": _arm(task.replace(pays=pays)) for name, task in WALKS.items() for arm, pays in (("subpo", "marginal"), ("modpo", "modular"))}
-    | {f"roam-{arm}": Arm(deep(length=200, optimiser=Adam(lr=3e-3, clip=0.5)), Roam(pays=pays), steps=100) for arm, pays in (("subpo", "marginal"), ("cumulative", "cumulative"))},
-    steps=60, seeds=5, equal="environment steps", minutes=5,
+    | {f"roam-{arm}": Arm(deep(length=200, optimiser=Adam(lr=3e-3, clip=0.5)), Roam(pays=pays)) for arm, pays in (("subpo", "marginal"), ("cumulative", "cumulative"))},
+    steps=80, seeds=5, equal="environment steps", minutes=6,
     expects=("coverage-subpo > coverage-modpo on value", "bumps-subpo > bumps-modpo on value", "information-subpo > information-modpo on value",
              "items-subpo > items-modpo on value", "roam-subpo > roam-cumulative on value"))
 
