@@ -108,7 +108,8 @@ def _arm(task, credit="reward-to-go"):
 
 claim = Claim(
     says="gets more of a submodular reward than the same method paid per state",
-    arms={"coverage-myopic": _arm(SetWalk(), "myopic"), "coverage-final": _arm(SetWalk(pays="final"))}
+    arms={"coverage-myopic": _arm(SetWalk(), "myopic"), "coverage-final": _arm(SetWalk(pays="final")),
+          "coverage-history": Arm(tabular(envs=64, length=24, network=MLP(hidden=(64,), init="orthogonal"), optimiser=Adam(lr=1e-2, clip=None)), SetWalk(sees="history"))}
     | {f"{name}-{arm}": _arm(task.replace(pays=pays)) for name, task in WALKS.items() for arm, pays in (("subpo", "marginal"), ("modpo", "modular"))}
     | {f"roam-{arm}": Arm(deep(length=200, optimiser=Adam(lr=3e-3, clip=0.5)), Roam(pays=pays)) for arm, pays in (("subpo", "marginal"), ("cumulative", "cumulative"))},
     steps=80, seeds=5, equal="environment steps", minutes=6,
