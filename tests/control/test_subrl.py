@@ -238,9 +238,9 @@ def test_what_each_way_of_paying_pays():
     paid = {}
     for name, env in pay.items():
         env.reset(seed=0)
-        paid[name] = [env.step(a)[1] for a in (0, 3, 1, 4)]
-    assert env.walk == [10, 10, 9, 10, 6] and paid["marginal"] == [0, 2, 0, 2] and paid["modular"] == [4, 4, 4, 4] and paid["final"] == [0, 0, 0, 4]
-    assert env.value == 8 and SetWalk(pays="modular").make().pays == "marginal"               # evaluation always counts F
+        paid[name] = [env.step(a)[1] for a in (0, 3, 1, 3)]
+    assert env.walk == [10, 10, 9, 10, 9] and paid["marginal"] == [0, 2, 0, 0] and paid["modular"] == [4, 4, 4, 4] and paid["final"] == [0, 0, 0, 2]
+    assert env.value == 6 and SetWalk(pays="modular").make().pays == "marginal"               # evaluation always counts F
     assert SetWalk().measure({"value": np.array([2.0, 4.0]), "distinct": np.array([1.0, 2.0])}) == {"value": 3.0, "distinct": 1.5}
 
 
