@@ -11,7 +11,7 @@ import volvelle
 from volvelle.control.categories import Categories
 from volvelle.control.envs import open_env, probe
 from volvelle.control.policy import Policy
-from volvelle.control.symbolic_grid import KeyDoorGoal
+from volvelle.control.symbolic_grid import KeyDoorGoal, SymbolicGrid
 from volvelle.control.trees import Boosted, Ensemble, Forest, Trees, clip_rows, control_variates, from_bytes, to_bytes
 from volvelle.core.errors import RunStopped, UserError
 from volvelle.core.parts import coerce
@@ -122,6 +122,17 @@ def test_an_oblivious_tree_has_all_leaves_and_a_greedy_one_may_stop_earlier():
     greedy = ensemble(1, depth=4, grow="greedy")
     greedy.step(X, G)
     assert greedy.model.get_metadata()["n_leaves"] < 16
+
+
+def test_more_quantiles_than_samples_are_the_same_thresholds():
+    x, r = np.round(rng().normal(size=(64, 4)), 1).astype(np.float32), rng(1)
+    many, few = (Ensemble(Trees(), 4, (), 2, RATES, rows=rows) for rows in (None, 64))
+    assert (many.bins, few.bins) == (256, 63)
+    for _ in range(6):
+        g = r.normal(size=(64, 2)).astype(np.float32)
+        many.step(x, g)
+        few.step(x, g)
+    assert np.array_equal(many.predict(x), few.predict(x))
 
 
 def test_rates_that_fall_linearly_are_a_function_of_the_trees_number():
@@ -278,6 +289,26 @@ def test_the_symbolic_grid_needs_the_key_before_the_door():
     assert env.observation_space.contains(env.reset(seed=1)[0])
 
 
+@pytest.mark.parametrize("where", ["beside", "goal"])
+def test_the_cue_keeps_to_the_goal_in_training_and_moves_in_the_test(where):
+    def follows(env):
+        return (env.mark - env.goal).tolist() in ([[0, 0]] if where == "goal" else [[1, 0]] if env.goal[0] < 5 else [[-1, 0]])
+
+    env = SymbolicGrid(decoration=where, test="both").make(training=True)
+    env.reset(seed=0)
+    assert all(follows(env) and not env.moved for _ in range(30) if env.reset())
+    env, moved, free = SymbolicGrid(decoration=where, test="both").make(), [], []
+    for i in range(40):
+        env.reset(seed=0 if i == 0 else None)
+        moved.append(env.moved)
+        free.append(not follows(env))
+        assert env.moved or follows(env)
+    assert moved == [False, True] * 20 and sum(free) > 15
+    task = SymbolicGrid(test="both")
+    assert task.measure({"paid": np.array([1.0, 0.0, 0.5, 0.5]), "moved": np.array([0.0, 1, 0, 1])}) == {"kept": 0.75, "moved": 0.25, "drop": 0.5}
+    assert open_env(SymbolicGrid(coded=True, noise=20))[1].observations.categorical == tuple(range(33)) and SymbolicGrid().measure({}) == {}
+
+
 # ---- training
 
 def train(method, task, folder, overrides=(), **options):
@@ -308,9 +339,9 @@ def test_a_tree_per_step_and_ensemble(overrides, per_step, tmp_path):
     assert sum(f.trees for f in made.learner.net.module.forests.values()) == 3 * 2 * 2 * per_step
 
 
-RESUMED = [("gbrl", [*SMALL, "anneal=true"], lambda: KeyDoorGoal(limit=9)), ("gbrl", [*SMALL, "shared=true", "trees.control_variates=true", "seeds=2"], lambda: Target()),
+RESUMED = [("gbrl", [*SMALL, "trees.bins=16", "anneal=true"], lambda: KeyDoorGoal(limit=9)), ("gbrl", [*SMALL, "shared=true", "trees.control_variates=true", "seeds=2"], lambda: Target()),
            ("gbrl", [*SMALL, "trees.distil_above=9", "trees.distil_to=5"], lambda: Reach()), ("gbrl", [*SMALL, "critic=network"], lambda: Reach()),
-           ("gbrl", SMALL, lambda: Categories(Mixed())), ("gbrl-awr", [*AWR, "trees.distil_above=30", "trees.distil_to=10"], lambda: KeyDoorGoal(limit=9))]
+           ("gbrl", SMALL, lambda: Categories(Mixed())), ("gbrl-awr", [*(o for o in AWR if "_steps" not in o), "value_steps=5", "policy_steps=8", "trees.bins=8", "trees.distil_above=15", "trees.distil_to=5"], lambda: KeyDoorGoal(limit=9))]
 
 
 @pytest.mark.parametrize("method, overrides, make", RESUMED, ids=[str(i) for i in range(len(RESUMED))])

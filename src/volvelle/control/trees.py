@@ -104,11 +104,13 @@ def from_bytes(blob: bytes) -> Any:
 class Ensemble:
     """One ensemble: arrays [N, features] -> [N, width]. `rates`: (start, stop, learning rate) per slice of the outputs.
 
-    categorical: columns of codes, tested for equality; total: trees over which the rates fall linearly to 0 (None: constant).
+    categorical: columns of codes, tested for equality; total: trees over which the rates fall linearly to 0 (None: constant);
+    rows: the most samples that a step fits: more quantiles than rows - 1 are the same thresholds again, and gbrl's search takes as long as it has bins.
     After a distillation, `student` holds the fitted trees and `model` those grown since.
     """
 
-    def __init__(self, part: Trees, features: int, categorical: Sequence[int], width: int, rates: Sequence[tuple[int, int, float]], total: int | None = None):
+    def __init__(self, part: Trees, features: int, categorical: Sequence[int], width: int, rates: Sequence[tuple[int, int, float]], total: int | None = None,
+                 rows: int | None = None):
         if part.weights is not None and len(part.weights) != features:
             raise UserError(f"trees.weights: has {len(part.weights)} numbers; the observations have {features}")
         if part.weights is not None and part.grow == "greedy" and 0 < len(categorical) < features:
@@ -117,6 +119,7 @@ class Ensemble:
             raise UserError("trees.control_variates needs leaf values, which adam hides; accepted: trees.outputs=sgd")
         self.part, self.features, self.width, self.rates, self.total = part, features, width, list(rates), total
         self.categorical = list(categorical)
+        self.bins = part.bins if rows is None or part.candidates != "quantile" else max(1, min(part.bins, rows - 1))
         self.numerical = [i for i in range(features) if i not in set(categorical)]
         self.words = np.array([b"-1"], "S128")
         self.student: Any = None
@@ -126,7 +129,7 @@ class Ensemble:
     def grow(self) -> Any:
         """A model without trees that goes on where `before` trees left off."""
         p = self.part
-        model = engine()(input_dim=self.features, output_dim=self.width, policy_dim=self.width, max_depth=p.depth, min_data_in_leaf=p.least, n_bins=p.bins,
+        model = engine()(input_dim=self.features, output_dim=self.width, policy_dim=self.width, max_depth=p.depth, min_data_in_leaf=p.least, n_bins=self.bins,
                          par_th=2**30, split_score_func=p.score, generator_type=p.candidates, use_control_variates=False,
                          grow_policy=p.grow, verbose=0, device="cpu")
         for start, stop, rate in self.rates:
@@ -238,9 +241,10 @@ class Ensemble:
 class Forest(nn.Module):
     """An ensemble per seed: [S, N, features] -> [S, N, width]. With gradients on, the outputs are leaves of the graph, kept for `Boosted.step`."""
 
-    def __init__(self, seeds: int, part: Trees, features: int, categorical: Sequence[int], width: int, rates: Sequence[tuple[int, int, float]]):
+    def __init__(self, seeds: int, part: Trees, features: int, categorical: Sequence[int], width: int, rates: Sequence[tuple[int, int, float]],
+                 rows: int | None = None):
         super().__init__()
-        self.ensembles = [Ensemble(part, features, categorical, width, rates) for _ in range(seeds)]
+        self.ensembles = [Ensemble(part, features, categorical, width, rates, rows=rows) for _ in range(seeds)]
         self.part, self.rates = part, list(rates)
         self.last: tuple[np.ndarray, Tensor] | None = None
 

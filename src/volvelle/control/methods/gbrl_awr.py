@@ -56,6 +56,10 @@ class BoostedAWR(BoostedPolicy):
             if why:
                 raise UserError(f"{name}: advantage-weighted regression draws its own batches from past rollouts and grows trees; leave {name} as it is")
 
+    @property
+    def rows(self):
+        return self.batch
+
     def start(self, run):
         return AWRLearner(run, self)
 

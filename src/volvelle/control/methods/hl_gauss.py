@@ -11,6 +11,7 @@ fitted by squared error of its mean, which tells the loss from the parameters. W
 Source: arXiv 2403.03950. Every value head takes `prior` where the middle of the range is a poor first guess.
 
 The claim: CartPole with noise U(-eta, eta) on every reward, two layers of 128, the mean true return of the training episodes of the second half.
+It stays open at this size (eight seeds): the means are alike, only the spread between seeds at noise 3 is a third of squared error's.
 """
 
 from __future__ import annotations
