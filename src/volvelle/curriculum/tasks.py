@@ -1,3 +1,3 @@
 """Tasks of the curriculum wing: families of environments, and families whose trainings are known already."""
 
-from . import families, transfer  # noqa: F401
+from . import families, taught, teachers, transfer  # noqa: F401
