@@ -20,7 +20,7 @@ from .teachers import AlpGmm, Teacher
 Count = Annotated[int, Field(gt=0)]
 
 
-@dataclass
+@dataclass(eq=False)
 class Record:
     """One taught learner. tests [E, N]: its scores on every test context, test after test; parameters [p]: what tells it from others, if known; results [n] and
     origins [n, 3] of its episodes; trajectory: (episode, means [k, d + 1], covariances) of every mixture that taught it."""
@@ -64,10 +64,10 @@ class Runs(Classroom):
         found = []
         for name in self.folders:
             here = Path(name)
-            inside = [here] if (here / "curriculum").is_dir() else sorted(p.parent for p in here.rglob("curriculum/state.json"))
+            inside = [p.parent for p in [here / "curriculum", *sorted(here.rglob("curriculum"))] if (p.parent / "config.yaml").is_file() and p.is_dir()]
             if not inside:
-                raise UserError(f"classroom.folders={name}: no finished run of taught there (a folder with curriculum/state.json)")
-            found += [p if p.name != "curriculum" else p.parent for p in inside]
+                raise UserError(f"classroom.folders={name}: no finished run of taught there (config.yaml beside a folder curriculum)")
+            found += dict.fromkeys(inside)
         if not found:
             raise UserError("classroom.folders: empty; give the folders of earlier runs of taught with teacher=alp-gmm, for example classroom.folders=[runs/class]")
         return found

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 
 from volvelle.core.claims import Claim
-from volvelle.core.errors import UserError
+from volvelle.core.errors import RunStopped, UserError
 from volvelle.core.parts import method, part
 
 from ..classrooms import Classroom, Record, Runs, Toy
@@ -153,7 +153,7 @@ class AgainTeacher(LiveTeacher):
 
     def follow(self, lessons: list[Lesson]) -> None:
         if not lessons:
-            raise UserError(f"teacher.expert=own: no Gaussian of the pre-test has progress above {self.part.least}; lower teacher.least or raise teacher.pretest")
+            raise RunStopped(f"teacher.expert=own: no Gaussian of the pre-test has progress above {self.part.least}; lower teacher.least or raise teacher.pretest")
         if self.part.stepping == "pool":
             lessons = [Lesson(np.concatenate([x.means for x in lessons]), np.concatenate([x.covariances for x in lessons]), float("inf"))]
         self.lessons = lessons
