@@ -166,7 +166,7 @@ def pick(progress: np.ndarray, rng: np.random.Generator) -> int:
 
 def joint_draw(mean: np.ndarray, covariance: np.ndarray, d: int, rng: np.random.Generator, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """A context [d]: a draw from the whole Gaussian, of which the first d coordinates are kept and cut to the bounds."""
-    return np.clip(rng.multivariate_normal(mean, covariance)[:d], low, high)
+    return np.clip((mean + np.linalg.cholesky(covariance) @ rng.standard_normal(len(mean)))[:d], low, high)
 
 
 @part("alp-gmm")
