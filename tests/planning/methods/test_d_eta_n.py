@@ -8,7 +8,6 @@ import volvelle
 from volvelle.control.envs import open_env
 from volvelle.core.errors import UserError
 from volvelle.planning.functionals import shortfall, target
-from volvelle.planning.mdp import MDP
 from volvelle.planning.methods.d_eta_n import d_eta_n, expected_utility, stock_of, with_stock
 from volvelle.planning.methods.played import MdpEnv, Played, Stock
 from volvelle.planning.tasks import MdpFile

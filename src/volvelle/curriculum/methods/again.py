@@ -120,8 +120,7 @@ class AgainTeacher(LiveTeacher):
             raise UserError(f"classroom: {few.name} has {len(few.tests)} tests; the pre-test compares at test {part.pretest}")
         if part.expert == "parameters" and any(r.parameters.shape != self.parameters.shape or not r.parameters.size for r in self.records):
             raise UserError(f"teacher.expert=parameters: this learner has {self.parameters.size} parameters; expected as many, and at least one, for it and all of the classroom")
-        self.heard, self.chosen, self.lessons = 0, -1, None
-        self.at, self.last_rewards, self.progress, self.since, self.at_end = 0, [], [], 0, 0
+        self.heard, self.chosen, self.lessons, self.at, self.last_rewards, self.progress, self.since, self.at_end = 0, -1, None, 0, [], [], 0, 0
         if not part.pretest:
             self.choose(None)
 
@@ -143,10 +142,9 @@ class AgainTeacher(LiveTeacher):
         if part.expert == "random":
             self.chosen = int(self.rng.choice(looked_at))
         else:
-            mine = scores if part.expert == "knowledge" else self.parameters
-            theirs = [records[i].tests[part.pretest - 1] if part.expert == "knowledge" else records[i].parameters for i in looked_at]
-            if part.expert == "knowledge" and theirs[0].shape != mine.shape:
-                raise UserError(f"classroom: tests of {len(theirs[0])} contexts; this learner is tested in {len(mine)}")
+            by_tests = part.expert == "knowledge"
+            mine = scores if by_tests else self.parameters
+            theirs = [records[i].tests[part.pretest - 1] if by_tests else records[i].parameters for i in looked_at]
             finals = np.array([records[i].tests[-1].sum() for i in looked_at])
             self.chosen = int(looked_at[best_of_nearest(np.linalg.norm(np.array(theirs) - mine, axis=1), finals, part.neighbours)])
         self.follow(expert_curriculum(records[self.chosen], part.least))
@@ -154,9 +152,8 @@ class AgainTeacher(LiveTeacher):
     def follow(self, lessons: list[Lesson]) -> None:
         if not lessons:
             raise RunStopped(f"teacher.expert=own: no Gaussian of the pre-test has progress above {self.part.least}; lower teacher.least or raise teacher.pretest")
-        if self.part.stepping == "pool":
-            lessons = [Lesson(np.concatenate([x.means for x in lessons]), np.concatenate([x.covariances for x in lessons]), float("inf"))]
-        self.lessons = lessons
+        pool = self.part.stepping == "pool"
+        self.lessons = [Lesson(np.concatenate([x.means for x in lessons]), np.concatenate([x.covariances for x in lessons]), np.inf)] if pool else lessons
         self.go_to(min(self.count // self.part.base.fit_every, len(lessons) - 1) if self.part.stepping == "time" else 0)
 
     def go_to(self, index: int) -> None:
@@ -222,7 +219,7 @@ class AgainTeacher(LiveTeacher):
         return super().record() | {"trajectory": self.alp.record()["trajectory"]}
 
     def state_dict(self):
-        lessons = None if self.lessons is None else [[x.means.copy(), x.covariances.copy(), x.threshold] for x in self.lessons]
+        lessons = self.lessons and [[x.means.copy(), x.covariances.copy(), x.threshold] for x in self.lessons]
         return super().state_dict() | {"alp": self.alp.state_dict(), "heard": self.heard, "chosen": self.chosen, "lessons": lessons, "at": self.at,
                                        "last_rewards": list(self.last_rewards), "progress": [list(p) for p in self.progress], "since": self.since, "at_end": self.at_end}
 
@@ -230,27 +227,27 @@ class AgainTeacher(LiveTeacher):
         super().load_state_dict(state)
         self.alp.load_state_dict(state["alp"])
         self.heard, self.chosen, self.at, self.since, self.at_end = (state[k] for k in ("heard", "chosen", "at", "since", "at_end"))
-        self.lessons = None if state["lessons"] is None else [Lesson(*x) for x in state["lessons"]]
+        self.lessons = state["lessons"] and [Lesson(*x) for x in state["lessons"]]
         self.last_rewards, self.progress = list(state["last_rewards"]), [list(p) for p in state["progress"]]
 
 
-students = ToyStudents(cubes=8, episodes=600)
-alp_gmm = AlpGmm(random=0.1, components=6)
-toy = Again(classroom=Toy(students=8, steps=20, teacher=alp_gmm), neighbours=2, base=alp_gmm)
-taught = Taught(teacher=toy, test_every=1)
+students, alp_gmm = ToyStudents(cubes=8, episodes=600), AlpGmm(random=0.1, components=6)
+taught = Taught(teacher=Again(classroom=Toy(students=8, steps=20, teacher=alp_gmm), neighbours=2, base=alp_gmm), test_every=1)
+
+
+def arms(taught: Taught) -> dict[str, Taught]:
+    teacher = taught.teacher
+    return {"again": taught, "alp-gmm": taught(teacher=teacher.base), "uniform": taught(teacher=Uniform()), "random-expert": taught(teacher=teacher.replace(expert="random")),
+            "true-expert": taught(teacher=teacher.replace(expert="parameters"))}
+
+
+full = AlpGmm(random=0.1)
 claim = Claim(
     says="a new learner taught with the curriculum of a similar, successful earlier one masters more than with learning progress alone, with uniform draws, or with "
          "the curriculum of an earlier learner drawn at random",
-    arms={"again": taught, "alp-gmm": taught(teacher=alp_gmm), "uniform": taught(teacher=Uniform()),
-          "random-expert": taught(teacher=toy.replace(expert="random")), "true-expert": taught(teacher=toy.replace(expert="parameters"))},
-    task=students, steps=20, seeds=20, equal="episodes", minutes=15, run={"checkpoint_every": 0},
-    quick={"seeds": 2, "steps": 4, "task": students.replace(cubes=4, episodes=300),
-           "arms": {"again": taught(teacher=toy.replace(pretest=1, classroom=Toy(students=4, steps=4, teacher=alp_gmm))), "alp-gmm": taught(teacher=alp_gmm), "uniform": taught(teacher=Uniform()),
-                    "random-expert": taught(teacher=toy.replace(expert="random", classroom=Toy(students=4, steps=4, teacher=alp_gmm)))}},
-    paper={"task": ToyStudents(cubes=20, episodes=10_000), "seeds": 64,
-           "arms": {"again": taught(teacher=toy.replace(neighbours=5, base=AlpGmm(random=0.1), classroom=Toy(students=128, steps=20, teacher=AlpGmm(random=0.1), seed=0))),
-                    "alp-gmm": taught(teacher=AlpGmm(random=0.1)), "uniform": taught(teacher=Uniform()),
-                    "random-expert": taught(teacher=toy.replace(expert="random", base=AlpGmm(random=0.1), classroom=Toy(students=128, steps=20, teacher=AlpGmm(random=0.1), seed=0)))}},
+    arms=arms(taught), task=students, steps=20, seeds=20, equal="episodes", minutes=15, run={"checkpoint_every": 0},
+    quick={"seeds": 2, "steps": 4, "task": students.replace(cubes=4, episodes=300), "arms": arms(taught.override("teacher.pretest=1", "teacher.classroom.students=4", "teacher.classroom.steps=4"))},
+    paper={"seeds": 64, "task": ToyStudents(episodes=10_000), "arms": arms(taught(teacher=Again(classroom=Toy(students=128, teacher=full, seed=0), base=full)))},
     expects=("again > alp-gmm on mastered", "again > uniform on mastered", "again > alp-gmm on mean_mastered", "again > random-expert on mastered"))
 
 method("again", taught, title="Teach with the curriculum of a similar earlier learner", source="arXiv 2011.08463", claim=claim)
