@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
