@@ -1,4 +1,4 @@
-"""A family of walkers: Gymnasium's BipedalWalker on ground whose stumps have a chosen height and spacing, on legs of a chosen length (needs gymnasium[box2d]).
+"""A family of walkers: Gymnasium's BipedalWalker on ground whose stumps have a chosen height and spacing, on legs of a chosen length.
 
 As a family: family:volvelle/StumpWalker-v0?height=0..3&spacing=0..6 with task.worst=-150 task.best=350. Legs belong to the learner, not to the context:
 task.base.kwargs.legs=0.7.

@@ -6,11 +6,12 @@ from signposts import SIGNPOST, SMALL
 
 import volvelle
 from volvelle.control.methods.ppo import ppo
+from volvelle.core.claims import run_claim
 from volvelle.core.errors import RunStopped, UserError
 from volvelle.core.state import fingerprint, load_state
 from volvelle.core.trainer import checkpoints
 from volvelle.curriculum.classrooms import Record, Runs, Toy, taught_student
-from volvelle.curriculum.methods.again import Again, AgainTeacher, Lesson, best_of_nearest, expert_curriculum, usable
+from volvelle.curriculum.methods.again import Again, AgainTeacher, Lesson, best_of_nearest, claim, expert_curriculum, usable
 from volvelle.curriculum.students import ToyStudents
 from volvelle.curriculum.taught import Taught
 from volvelle.curriculum.teachers import CHANCE, AlpGmm, Origin, Uniform
@@ -294,3 +295,10 @@ def test_what_makes_no_sense_is_refused(tmp_path, recipe, task, words):
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="accepted: alp-gmm"):
         Again(base=Uniform())
+
+
+@pytest.mark.slow
+def test_the_claim_runs_in_its_quick_form(tmp_path):
+    made = run_claim("again", claim, tmp_path, "quick")
+    assert made.verdict in ("reproduced", "inconclusive", "refuted") and set(made.record["arms"]) == {"again", "alp-gmm", "uniform", "random-expert", "true-expert"}
+    assert all(0 <= v <= 1 for arm in made.record["arms"].values() for v in arm["metrics"]["mastered"])
