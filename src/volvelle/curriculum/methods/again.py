@@ -245,7 +245,7 @@ full = AlpGmm(random=0.1)
 claim = Claim(
     says="a new learner taught with the curriculum of a similar, successful earlier one masters more than with learning progress alone, with uniform draws, or with "
          "the curriculum of an earlier learner drawn at random",
-    arms=arms(taught), task=students, steps=20, seeds=20, equal="episodes", minutes=15, run={"checkpoint_every": 0},
+    arms=arms(taught), task=students, steps=20, seeds=12, equal="episodes", minutes=12, run={"checkpoint_every": 0},
     quick={"seeds": 2, "steps": 4, "task": students.replace(cubes=4, episodes=300), "arms": arms(taught.override("teacher.pretest=1", "teacher.classroom.students=4", "teacher.classroom.steps=4"))},
     paper={"seeds": 64, "task": ToyStudents(episodes=10_000), "arms": arms(taught(teacher=Again(classroom=Toy(students=128, teacher=full, seed=0), base=full)))},
     expects=("again > alp-gmm on mastered", "again > uniform on mastered", "again > alp-gmm on mean_mastered", "again > random-expert on mastered"))
