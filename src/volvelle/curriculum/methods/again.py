@@ -124,8 +124,6 @@ class AgainTeacher(LiveTeacher):
         if not part.pretest:
             self.choose(None)
 
-    # ---- which expert
-
     def tested(self, scores):
         self.heard += 1
         if self.heard != self.part.pretest:
@@ -159,8 +157,6 @@ class AgainTeacher(LiveTeacher):
     def go_to(self, index: int) -> None:
         self.at, self.last_rewards, self.since, self.at_end = index, [], 0, 0
         self.progress = [[] for _ in self.lessons[index].means]
-
-    # ---- teaching
 
     @property
     def ending(self) -> bool:
