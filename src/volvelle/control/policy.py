@@ -22,7 +22,10 @@ from .stacked import Streams
 
 
 class Deciding(nn.Module):
-    """What acts inside a policy: observations [S, N, ...] (normalised) to actions [S, N, ...]."""
+    """What acts inside a policy: observations [S, N, ...] (normalised) to actions [S, N, ...].
+
+    One that remembers has `remember(observations, memory, explore, streams) -> actions, memory` (None begins) and `forget(memory, row) -> memory`.
+    """
 
     def best(self, observations: Observation) -> Tensor:
         raise NotImplementedError
@@ -67,7 +70,13 @@ class Policy:
         if self.normaliser is not None:
             observations = self.normaliser(observations)
         tensors = as_tensors(observations, self.module.device)
+        if hasattr(self.module, "remember"):
+            return Act(*self.module.remember(tensors, memory, explore, self.streams))
         return Act(self.module.explore(tensors, self.streams) if explore else self.module.greedy(tensors, self.streams), memory)
+
+    def forget(self, memory: Any, row: int) -> Any:
+        """The memory after the episode in that row has ended."""
+        return self.module.forget(memory, row)
 
     def save(self, folder: str | Path) -> None:
         """Weights, normalisation, vocabulary and the recipe that rebuilds the network, as safetensors and JSON."""

@@ -1,3 +1,3 @@
-"""Tasks of the curriculum wing: families of environments, and families whose trainings are known already."""
+"""Tasks of the curriculum wing: families of environments, families whose trainings are known already, simulated students, and walkers."""
 
-from . import families, transfer  # noqa: F401
+from . import families, regions, students, taught, transfer, walkers  # noqa: F401

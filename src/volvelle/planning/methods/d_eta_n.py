@@ -1,0 +1,183 @@
+"""D-eta-N: deep Q-learning of return distributions with the stock in the state (arXiv 2501.13028).
+
+Problem: optimise a functional of the whole return (hit a requested return, the worst share of returns, a threshold) where states are too many for tables.
+Idea: the state shows the stock c, what the rewards so far are worth now (task stock:...). A network gives N quantiles of the return to go for every action,
+q_i(s, c, a). Acting, and the choice of the next action in the target, maximise the utility of stock plus return instead of the mean:
+
+    a = argmax_a  mean_i f(c + q_i(s, c, a)),        y_j = r + discount q_j(s', c', a'),   a' = argmax_a mean_i f(c' + q_i(s', c', a))
+
+The loss is quantile regression as in QR-DQN; f stands nowhere in it. Dynamics and rewards do not depend on c, so a transition teaches for any other stock
+too: a share of every batch gets stocks drawn afresh. One network then serves all start stocks, that is all targets or budgets.
+Pick it for risk, targets or thresholds with discrete actions when the start stock can be chosen. Not for the plain mean (use qr-dqn), nor for several reward
+components: quantiles are of one number (the tables of distributional-dp take vectors).
+CVaR is reached through the start stock that looks best at the start of an episode once the network is learnt: evaluation plays from there.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from volvelle.control.buffers import Uniform
+from volvelle.control.envs import Envs, each, numbers_for
+from volvelle.control.methods.dqn import QAgent, QLearning, QNetwork
+from volvelle.control.networks import MLP
+from volvelle.control.offpolicy import OffPolicyLearner
+from volvelle.control.policy import as_tensors
+from volvelle.control.slots import Relabel
+from volvelle.control.stacked import Streams
+from volvelle.control.valueheads import Quantile, ValueHead
+from volvelle.core.errors import UserError
+from volvelle.core.parts import method, part
+from volvelle.core.trainable import Adam
+
+from ..functionals import ExpectedUtility, require_conditions
+from ..objectives import Cvar, ReturnObjective, Target
+from ..stock import next_stock
+from .played import Stock
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def stock_of(observations: Any) -> Tensor:
+    """The stock [...] of observations [..., D] (or of their vector, where there are images too)."""
+    return (observations["vector"] if isinstance(observations, dict) else observations)[..., -1]
+
+
+def with_stock(observations: Any, stock: Tensor) -> Any:
+    """The observations with another stock."""
+    if isinstance(observations, dict):
+        return {**observations, "vector": with_stock(observations["vector"], stock)}
+    return torch.cat([observations[..., :-1], stock.unsqueeze(-1)], -1)
+
+
+def expected_utility(utility, stock: Tensor, quantiles: Tensor) -> Tensor:
+    """mean_i f(c + q_i): stock [...], quantiles [..., actions, N] -> [..., actions], without gradient."""
+    ends = stock[..., None, None] + quantiles.detach()
+    values = np.asarray(utility(ends.double().cpu().numpy().ravel()), float)
+    return torch.from_numpy(values).view(ends.shape).mean(-1).to(quantiles)
+
+
+@part("restock")
+class Restock(Relabel):
+    """A share of every sampled batch gets stocks drawn uniformly from low to high (None: the task's range), and next stocks to match."""
+
+    share: Share = 0.5
+    low: float | None = None
+    high: float | None = None
+
+    def start(self, run):
+        return _Restock(self, run)
+
+
+class _Restock:
+    when, info = "sample", ()
+
+    def __init__(self, part: Restock, run):
+        task, recipe = run.config.task, run.config.recipe
+        self.part, self.gamma, self.streams = part, recipe.gamma, Streams(run, "restock", recipe.seeds)
+        self.low, self.high = task.low if part.low is None else part.low, task.high if part.high is None else part.high
+
+    def __call__(self, batch):
+        old = stock_of(batch["obs"])
+        size = old.shape[1]
+        chosen = torch.from_numpy(self.streams.uniform(size)).to(old.device) < self.part.share
+        drawn = torch.from_numpy(self.streams.uniform(size)).to(old.device) * (self.high - self.low) + self.low
+        stock = torch.where(chosen, drawn, old)
+        following = torch.where(chosen, next_stock(stock, batch["rewards"], self.gamma), stock_of(batch["next_obs"]))
+        return {**batch, "obs": with_stock(batch["obs"], stock), "next_obs": with_stock(batch["next_obs"], following)}
+
+
+@part("d-eta-n")
+class DEtaN(QLearning):
+    """objective: as in distributional-dp, with a scalar stock; its own start stock plays no part, the task's does. scale: stocks are divided by it, and squash:
+    passed through sign(c) log(1 + |c|), before the network sees them."""
+
+    value: ValueHead = Quantile(quantiles=32)
+    objective: ReturnObjective = Target()
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    squash: bool = False
+
+    def validate(self, task=None):
+        super().validate(task)
+        if not isinstance(task, Stock):
+            raise UserError(f"d-eta-n: task {task.label()} shows no stock; accepted: stock:..., for example stock:{task.label()}")
+        if task.discount != self.gamma:
+            raise UserError(f"task.discount={task.discount}: the stock must be discounted as the learner does; expected gamma={self.gamma}")
+        if not isinstance(self.value, Quantile):
+            raise UserError(f"value={self.value.part_name}: utilities are taken over quantiles of the return; accepted: quantile")
+        if self.normalise_observations or self.replay.n_step != 1:
+            raise UserError("d-eta-n: the stock must stay what it is, step by step; expected normalise_observations=false and replay.n_step=1")
+        functional = self.objective.functional()
+        if not isinstance(functional, ExpectedUtility) or np.ndim(functional.start_stock):
+            raise UserError(f"objective={self.objective.part_name}: expected the expected utility of one number: mean, target, shortfall, surplus, above or cvar")
+        require_conditions(functional, self.gamma, None, None)
+
+    def actor(self, spec, seeds):
+        return StockNetwork(self, spec, seeds)
+
+    def agent(self, run, spec):
+        return StockAgent(run, self, spec)
+
+    def start(self, run):
+        return StockLearner(run, self)
+
+
+class StockNetwork(QNetwork):
+    """Quantiles [S, B, actions * N]; its values are utilities of stock plus return."""
+
+    def __init__(self, recipe: DEtaN, spec, seeds):
+        super().__init__(recipe, spec, seeds)
+        self.utility, self.scale, self.squash = recipe.objective.functional().utility, recipe.scale, recipe.squash
+
+    def forward(self, x):
+        shown = stock_of(x) / self.scale
+        return self.net(with_stock(x, shown.sign() * shown.abs().log1p() if self.squash else shown))
+
+    def utilities(self, outputs: Tensor, stock: Tensor) -> Tensor:
+        """[S, B, actions] of outputs."""
+        return expected_utility(self.utility, stock, outputs.unflatten(-1, (self.actions, -1)))
+
+    def values(self, x):
+        return self.utilities(self(x), stock_of(x))
+
+
+class StockAgent(QAgent):
+    def loss(self, batch):
+        part, following = self.part, batch["next_obs"]
+        with torch.no_grad():
+            theirs = self.target.module(following)
+            choosing = self.module(following) if part.double else theirs
+            best = self.module.pick(theirs, self.module.utilities(choosing, stock_of(following)).argmax(-1))
+            target = part.value.backup(best, batch["rewards"], batch["discounts"])
+        outputs = self.module.pick(self.module(batch["obs"]), batch["actions"])
+        return part.value.loss(outputs, target), outputs.detach(), target
+
+
+class StockLearner(OffPolicyLearner):
+    def start_stock(self, task: Stock, candidates: int = 64) -> float:
+        """CVaR's outer choice: the start stock c_0 that maximises -c_0 + E min(c_0 + G, 0) / tau, by the network's quantiles at first observations."""
+        envs = Envs(task, 1, 16)
+        raw = envs.reset(numbers_for(self.run.seed, 0, 16, "start stock"))
+        first = as_tensors(each(lambda x: np.repeat(x[None], self.part.seeds, 0), raw), self.device)
+        stocks = np.linspace(task.low, task.high, candidates)
+        with torch.no_grad():
+            values = [float(self.agent.module.values(with_stock(first, torch.full_like(stock_of(first), c))).amax(-1).mean()) for c in stocks]
+        return float(stocks[int(np.argmax(self.part.objective.outer(stocks, np.array(values))))])
+
+    def evaluate(self, task=None):
+        if not isinstance(self.part.objective, Cvar):
+            return super().evaluate(task)
+        task = self.run.config.task if task is None else task
+        start = self.start_stock(task)
+        return super().evaluate(task.replace(starts=(start,))) | {"start_stock": start}
+
+
+d_eta_n = method("d-eta-n", DEtaN(
+    period=500, warmup=500, every=1, replay=Uniform(capacity=20_000, batch=64), copy_every=500, gamma=1.0, epsilon_end=0.1, network=MLP(hidden=(64, 64), activation="relu"),
+    optimiser=Adam(lr=5e-4, clip=None), relabels={"stock": Restock()}),
+    title="Optimise a functional of the return distribution, by deep Q-learning with the stock", source="arXiv 2501.13028")

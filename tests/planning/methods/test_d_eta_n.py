@@ -1,0 +1,143 @@
+"""The stock in the observation, utilities over quantiles and relabelling by hand; the running example of the tables learnt from samples."""
+
+import numpy as np
+import pytest
+import torch
+
+import volvelle
+from volvelle.control.envs import open_env
+from volvelle.core.errors import UserError
+from volvelle.planning.functionals import shortfall, target
+from volvelle.planning.methods.d_eta_n import d_eta_n, expected_utility, stock_of, with_stock
+from volvelle.planning.methods.played import MdpEnv, Played, Stock
+from volvelle.planning.tasks import MdpFile
+
+A, B = 0, 1
+
+
+@pytest.fixture(scope="module")
+def lottery(tmp_path_factory):
+    """One state, two steps; A pays 1, B pays 0 or 3 with probability 1/2."""
+    path = tmp_path_factory.mktemp("mdp") / "lottery.npz"
+    np.savez(path, state=[0, 0, 0], action=[A, B, B], next_state=[0, 0, 0], probability=[1, 0.5, 0.5], reward=[1, 0, 3])
+    return Played(base=MdpFile(path=str(path), horizon=2))
+
+
+def test_a_table_is_played_as_it_stands(lottery):
+    """Both outcomes of B half the time: 2,000 episodes, 5 standard errors; two steps, then a true end."""
+    env = MdpEnv(lottery.base.mdp())
+    found = []
+    for seed in range(1000):
+        first, _ = env.reset(seed=seed)
+        assert first.tolist() == [1, 0]
+        middle, reward, over, cut, _ = env.step(B)
+        assert middle.tolist() == [1, 0.5] and not over
+        found.append(reward)
+        found.append(env.step(B)[1])
+        assert env.step(A)[2] or True
+    assert set(found) == {0.0, 3.0} and abs(np.mean(found) - 1.5) < 5 * 1.5 / 2000**0.5
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.5])
+def test_start_stock_and_return_keep_their_sum(lottery, discount):
+    """c_0 + G_0 = discount^t (C_t + G_t) along a trajectory, by what the observation shows."""
+    env, spec = open_env(Stock(base=lottery, low=-3, high=-1, discount=discount), None, True)
+    assert spec.observations.vector == 3
+    for seed in range(20):
+        seen, info = env.reset(seed=seed)
+        stocks, rewards = [float(seen[-1])], []
+        assert -3 <= stocks[0] <= -1 and info["start_stock"] == pytest.approx(stocks[0])
+        for action in (B, A):
+            seen, reward, *_, info = env.step(action)
+            stocks.append(float(seen[-1]))
+            rewards.append(reward)
+        to_go = [rewards[0] + discount * rewards[1], rewards[1], 0.0]
+        assert info["total"] == pytest.approx(to_go[0])
+        for t in range(3):
+            assert stocks[0] + to_go[0] == pytest.approx(discount**t * (stocks[t] + to_go[t]), abs=1e-5)
+
+
+def test_evaluation_starts_where_it_is_told_and_measures_what_was_wanted(lottery):
+    task = Stock(base=lottery, starts=(-4.0, -1.0))
+    env, _ = open_env(task)
+    assert {float(env.reset(seed=s)[0][-1]) for s in range(20)} == {-4.0, -1.0}  # one missing: probability 2^-19
+    found = task.measure({"start_stock": np.array([-4.0, -4, -1, -1]), "total": np.array([4.0, 2, 0, 3])})
+    assert (found["miss"], found["shortfall"], found["surplus"], found["above"]) == (1.25, -0.75, 0.5, 0.5) and found["cvar@0.5"] == 1.0
+
+
+def test_utilities_are_means_over_quantiles_of_stock_plus_return():
+    quantiles = torch.tensor([[[0.0, 3.0, 4.0], [2.0, 2.0, 2.0]]])
+    stock = torch.tensor([-3.0])
+    assert expected_utility(shortfall().utility, stock, quantiles).tolist() == [[-1.0, -1.0]]
+    assert expected_utility(target(0).utility, stock, quantiles)[0].tolist() == pytest.approx([-4 / 3, -1])
+    observations = {"vector": torch.tensor([[1.0, 2.0]]), "image": torch.zeros(1, 1, 2, 2)}
+    assert stock_of(with_stock(observations, torch.tensor([7.0]))).tolist() == [7.0] and stock_of(observations).tolist() == [2.0]
+
+
+def agent(tmp_path, task, *words, steps=1):
+    return volvelle.train(d_eta_n.override("period=64", "warmup=64", "replay.capacity=512", "replay.batch=16", "evaluation.episodes=4", *words), task=task,
+                          folder=tmp_path / "run", steps=steps, strict=True)
+
+
+def test_relabelled_transitions_have_matching_next_stocks(tmp_path, lottery):
+    """All rows drawn afresh from the range given, C' = (C + R) / discount; without any, nothing changes."""
+    task = Stock(base=lottery, discount=0.5)
+    learner = agent(tmp_path, task, "gamma=0.5", "relabels.stock.share=1", "relabels.stock.low=5", "relabels.stock.high=6").learner
+    batch = learner.replay.sample()
+    made = learner.relabels["stock"](batch)
+    assert ((stock_of(made["obs"]) >= 5) & (stock_of(made["obs"]) <= 6)).all() and (made["obs"][..., :-1] == batch["obs"][..., :-1]).all()
+    torch.testing.assert_close(stock_of(made["next_obs"]), (stock_of(made["obs"]) + batch["rewards"]) / 0.5)
+    torch.testing.assert_close(stock_of(batch["next_obs"]), (stock_of(batch["obs"]) + batch["rewards"]) / 0.5)
+
+
+def test_the_targets_follow_the_utility_and_carry_no_gradient(tmp_path, lottery):
+    """A network forced to two known return laws: at stock -3 the sure 2 has the better target utility, at -6 the other; the target takes that law's quantiles."""
+    learner = agent(tmp_path, Stock(base=lottery), "value.quantiles=2", "objective=shortfall").learner
+    net = learner.agent.target.module
+    with torch.no_grad():
+        net.net.out.weight.zero_()
+        net.net.out.bias[:] = torch.tensor([[[2.0, 2.0, 0.0, 5.0]]])
+    batch = {"obs": torch.zeros(1, 2, 3), "next_obs": torch.tensor([[[1.0, 0.5, -3.0], [1.0, 0.5, -6.0]]]), "actions": torch.zeros(1, 2, dtype=torch.long),
+             "rewards": torch.tensor([[1.0, 1.0]]), "discounts": torch.ones(1, 2)}
+    losses, _, made = learner.agent.loss(batch)
+    assert made[0].tolist() == [[3.0, 3.0], [1.0, 6.0]] and not made.requires_grad and losses.requires_grad
+    batch["discounts"] = torch.zeros(1, 2)
+    assert learner.agent.loss(batch)[2][0].tolist() == [[1.0, 1.0], [1.0, 1.0]]  # after an end G = 0
+
+
+def test_it_learns_to_hit_a_return_and_to_react_to_the_stock(tmp_path, lottery):
+    """f = -|x|, requested returns 1 to 4; the optimum of the tables is -1, 0, -1, -1.25 for them. Action at the first step and after each outcome."""
+    task = Stock(base=lottery, low=-5.0, high=0.0, starts=(-4.0,))
+    made = volvelle.train(d_eta_n.override("period=500", "evaluation.episodes=200", "relabels.stock.low=-5", "relabels.stock.high=2"), task=task, folder=tmp_path / "run", steps=6)
+    module = made.learner.agent.module
+
+    def values(t, stock):
+        return module.values(torch.tensor([[[1.0, t / 2, stock]]]))[0, 0]
+
+    assert values(1, -1.0).argmax() == A and values(1, -3.0).argmax() == B and values(0, -4.0).argmax() == B
+    assert values(0, -2.0).max() == pytest.approx(0, abs=0.4) and values(0, -4.0).max() == pytest.approx(-1.25, abs=0.4)
+    assert made.result["metrics"]["miss"] == pytest.approx(1.25, abs=0.4)  # 200 episodes: standard deviation about 1.5 / 14
+
+
+def test_cvar_chooses_its_start_stock(tmp_path, lottery):
+    made = agent(tmp_path, Stock(base=lottery, low=-6, high=0), "objective=cvar", "objective.tau=0.5")
+    learner, metrics = made.learner, made.result["metrics"]
+    net = learner.agent.module
+    with torch.no_grad():
+        net.net.out.weight.zero_()
+        net.net.out.bias[:] = torch.cat([torch.full((32,), 2.0), torch.linspace(0, 6, 32)]).view(1, 1, 64)
+    assert learner.start_stock(learner.run.config.task, 61) == pytest.approx(-2.0)  # a sure 2: the worst half of the other averages 1.5
+    assert -6 <= metrics["start_stock"] <= 0 and "cvar@0.5" in metrics
+
+
+@pytest.mark.parametrize("words, task, says", [
+    ((), "CartPole-v1", "shows no stock"), (("gamma=0.9",), None, "task.discount"), (("value=mse",), None, "quantile"), (("replay.n_step=3",), None, "n_step=1"),
+    (("normalise_observations=true",), None, "normalise_observations=false"), (("objective=homeostasis",), None, "expected utility of one number"),
+])
+def test_what_makes_no_sense_is_refused(tmp_path, lottery, words, task, says):
+    with pytest.raises(UserError, match=says):
+        agent(tmp_path, task or Stock(base=lottery), *words)
+    with pytest.raises(UserError, match="low < high"):
+        Stock(base=lottery, low=1, high=1)
+    with pytest.raises(UserError, match="expected a tabular task"):
+        Played(base="CartPole-v1")
