@@ -1,3 +1,3 @@
-"""Tasks of the curriculum wing: families of environments, and families whose trainings are known already."""
+"""Tasks of the curriculum wing: families of environments, families whose trainings are known already, and grid worlds."""
 
-from . import families, transfer  # noqa: F401
+from . import families, gridtasks, transfer  # noqa: F401
