@@ -51,13 +51,17 @@ class LevelBuffer:
         return index[score.sort(descending=True, stable=True).indices[:count]]
 
     def sample(self, count: int, batch: int, replay: float, transform: Literal["rank", "proportional"], temperature: float, draw, generator: torch.Generator) -> Tensor:
-        """Levels for `count` new lifetimes, now active. Each is curated with probability `replay` (if there are `batch` such levels), else fresh."""
-        self.renew(batch, draw)
+        """Levels for `count` new lifetimes, now active. Each is curated with probability `replay` (if there are `batch` such levels), else fresh.
+
+        draw(count) makes levels when fewer than `batch` are fresh; None: no level is replaced, and where none is fresh any inactive one is taken.
+        """
+        if draw is not None:
+            self.renew(batch, draw)
         wanted = int((torch.rand(count, generator=generator) < replay).sum())
         old = self.rank(wanted, transform, temperature, generator) if wanted and len(self.curated) >= batch else torch.zeros(0, dtype=torch.long)
-        fresh = self.fresh
-        fresh = fresh[torch.randperm(len(fresh), generator=generator)[: count - len(old)]]
-        index = torch.cat([old, fresh])
+        rest = self.curated[~torch.isin(self.curated, old)] if draw is None else self.curated[:0]
+        others = torch.cat([some[torch.randperm(len(some), generator=generator)] for some in (self.fresh, rest)])
+        index = torch.cat([old, others[: count - len(old)]])
         self.active[index] = True
         return index
 

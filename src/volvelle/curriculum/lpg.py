@@ -5,7 +5,7 @@ parameters, descends
 
     mean[ log pi(a|s) pi_hat ] + alpha mean[ KL(y(s) || y_hat) ]
 
-(arXiv 2007.08794, in the sign of arXiv 2310.02782's code: pi_hat plays minus the advantage). What the network reads of the agent passes no gradient back.
+with pi_hat and y_hat as constants (arXiv 2007.08794, in the sign of arXiv 2310.02782's code: pi_hat plays minus the advantage).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from volvelle.core.parts import Part, from_config, part, to_config
 from volvelle.core.state import load_state, save_state
 from volvelle.core.trainable import copy_weights
 
-from .tabular import EPS, Experience, Tabular, kl, kl_gradient, logp_gradient
+from .tabular import EPS, Experience, Tabular, kl, kl_gradient, logp_gradient, softmax
 
 
 @part("lpg")
@@ -79,24 +79,24 @@ class UpdateRule(nn.Module):
             seen += [(age / lifetime)[..., None].expand_as(rewards), torch.log(lifetime)[..., None].expand_as(rewards)]
         if self.part.discount:
             seen.append(torch.full_like(rewards, 0.99))
-        read = self._linear("read", torch.stack(seen, -1))
-        h = torch.zeros_like(read[..., 0, : self.part.hidden])
-        c, out = h, []
+        read = self._linear("read", torch.stack(seen, -1)).unbind(-2)
+        h = torch.zeros_like(read[0][..., : self.part.hidden])
+        c, out, open_ = h, [], (1 - done).unsqueeze(-1).unbind(-2)
         for t in range(T - 1, -1, -1):
-            going = (1 - done[..., t]).unsqueeze(-1)
+            going = open_[t]
             h = h * going
             kept = self._linear("keep", h)
             if self.part.cell == "gru":
-                (r, z, n), (kr, kz, kn) = read[..., t, :].chunk(3, -1), kept.chunk(3, -1)
+                (r, z, n), (kr, kz, kn) = read[t].chunk(3, -1), kept.chunk(3, -1)
                 z = torch.sigmoid(z + kz)
                 h = (1 - z) * torch.tanh(n + torch.sigmoid(r + kr) * kn) + z * h
             else:
-                i, f, g, o = (read[..., t, :] + kept).chunk(4, -1)
+                i, f, g, o = (read[t] + kept).chunk(4, -1)
                 c = torch.sigmoid(f) * c * going + torch.sigmoid(i) * torch.tanh(g)
                 h = torch.sigmoid(o) * torch.tanh(c)
             out.append(h)
         features = F.relu(torch.stack(out[::-1], -2))
-        return self._linear("policy", features)[..., 0], self._linear("prediction", features).softmax(-1)
+        return self._linear("policy", features)[..., 0], softmax(self._linear("prediction", features))
 
     def save(self, folder: Path) -> None:
         save_state(Path(folder), {"weights": {k: v.detach() for k, v in self.named_parameters()}, "part": to_config(self.part), "width": self.width})
@@ -114,9 +114,8 @@ def load_rule(folder: str | Path) -> UpdateRule:
 
 
 def ask(rule, seen: Experience, p: Tensor, y: Tensor, age: Tensor, lifetime: Tensor) -> tuple[Tensor, Tensor]:
-    """(pi_hat [L, W, T], y_hat [L, W, T, n]) of a batch of tabular agents; p [L, W, T, A], y [L, W, T + 1, n] are read, not differentiated."""
-    chosen = p.detach().gather(-1, seen.actions.unsqueeze(-1))[..., 0]
-    y, W = y.detach(), seen.rewards.shape[1]
+    """(pi_hat [L, W, T], y_hat [L, W, T, n]) for a batch of tabular agents with policies p [L, W, T, A] and predictions y [L, W, T + 1, n]."""
+    chosen, W = p.gather(-1, seen.actions.unsqueeze(-1))[..., 0], seen.rewards.shape[1]
     ages, lives = (x.to(seen.rewards.dtype)[:, None].expand(-1, W) for x in (age, lifetime))
     return rule(seen.rewards, seen.done, chosen, y[..., :-1, :], y[..., 1:, :], ages, lives)
 
@@ -124,7 +123,7 @@ def ask(rule, seen: Experience, p: Tensor, y: Tensor, age: Tensor, lifetime: Ten
 def tabular_update(agent: Tabular, actor: Tensor, bootstrap: Tensor, moments: tuple, seen: Experience, pi_hat: Tensor, y_hat: Tensor,
                    going: Tensor | None = None) -> tuple[Tensor, Tensor, tuple]:
     """One step of tabular agents on the loss above. actor, bootstrap: tables; moments: of both. Differentiable in pi_hat, y_hat and the old tables."""
-    p, y = seen.rows(actor).softmax(-1), seen.rows(bootstrap).softmax(-1)
+    p, y = softmax(seen.rows(actor)), softmax(seen.rows(bootstrap))
     steps = seen.rewards[0].numel()
     rows = logp_gradient(p, seen.actions) * pi_hat.unsqueeze(-1) / steps
     actor, first = agent.move(actor, seen.grow(rows, actor.shape[1]), moments[0], agent.actor_lr, going)

@@ -20,7 +20,7 @@ from .gridtasks import Grids
 from .gridworlds import ACTIONS, Levels, Worlds
 from .lpg import LPG, UpdateRule, ask, load_rule, tabular_update
 from .rule_tests import RuleTests
-from .tabular import EPS, Experience, Tabular, Values, entropy, normalised, play, returns
+from .tabular import EPS, Experience, Tabular, Values, entropy, normalised, play, returns, softmax
 
 Count = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -70,7 +70,8 @@ class MetaGradient(Outer):
 
     policy_entropy, prediction_entropy: weights of the entropies of the agents' policies and predictions (raised); policy_norm, prediction_norm: weights of
     the squares of the rule's outputs (lowered); critic: the scalar critics learn, or stay as they began (as in the released code, where their gradient
-    is lost).
+    is lost); through_inputs: the gradient also passes through what the rule reads of updated agents (in the released code it does not, so that
+    nothing but the last four terms teaches the rule its predictions).
     """
 
     updates: Count = 5
@@ -79,6 +80,7 @@ class MetaGradient(Outer):
     policy_norm: NonNegative = 0.005
     prediction_norm: NonNegative = 0.001
     critic: bool = True
+    through_inputs: bool = False
 
     def improve(self, learner):
         loss, metrics = self.loss(learner)
@@ -92,13 +94,13 @@ class MetaGradient(Outer):
         terms: dict[str, Any] = {name: 0.0 for name in ("policy_entropy", "prediction_entropy", "policy_norm", "prediction_norm")}
         for _ in range(self.updates):
             seen, pi_hat, y_hat = learner.update(learner.rule)
-            terms["policy_entropy"] += entropy(seen.rows(learner.actor).softmax(-1)).mean() / self.updates
-            terms["prediction_entropy"] += entropy(seen.rows(learner.bootstrap).softmax(-1)).mean() / self.updates
+            terms["policy_entropy"] += entropy(softmax(seen.rows(learner.actor))).mean() / self.updates
+            terms["prediction_entropy"] += entropy(softmax(seen.rows(learner.bootstrap))).mean() / self.updates
             terms["policy_norm"] += (pi_hat**2).mean() / self.updates
             terms["prediction_norm"] += (y_hat**2).sum(-1).mean() / self.updates
         seen = play(learner.actor.detach(), learner.worlds, learner.part.agent.length, learner.playing)
         advantages, _ = learner.values.advantages(seen)
-        p = seen.rows(learner.actor).softmax(-1).gather(-1, seen.actions.unsqueeze(-1))[..., 0]
+        p = softmax(seen.rows(learner.actor)).gather(-1, seen.actions.unsqueeze(-1))[..., 0]
         gain = (torch.log(p + EPS) * normalised(advantages)).mean()
         loss = (-gain - self.policy_entropy * terms["policy_entropy"] + self.policy_norm * terms["policy_norm"]
                 - self.prediction_entropy * terms["prediction_entropy"] + self.prediction_norm * terms["prediction_norm"])
@@ -200,16 +202,15 @@ class MetaLearner:
         """One update of every agent that is not yet at its end. Returns what it met and the rule's outputs."""
         agent, going = self.part.agent, self.age < self.worlds.levels.lifetime
         seen = play(self.actor.detach(), self.worlds, agent.length, self.playing)
-        p, y = seen.rows(self.actor).softmax(-1), seen.rows(self.bootstrap, last=True).softmax(-1)
-        pi_hat, y_hat = self._ask(rule, seen, p, y)
+        p, y = softmax(seen.rows(self.actor)), softmax(seen.rows(self.bootstrap, last=True))
+        if not getattr(self.part.outer, "through_inputs", False):
+            p, y = p.detach(), y.detach()
+        pi_hat, y_hat = ask(rule, seen, p, y, self.age, self.worlds.levels.lifetime)
         self.actor, self.bootstrap, self.moments = tabular_update(agent, self.actor, self.bootstrap, self.moments, seen, pi_hat, y_hat, going)
         if getattr(self.part.outer, "critic", False):
             self.values.learn(seen, self.values.advantages(seen)[0], going)
         self.age = self.age + going
         return seen, pi_hat, y_hat
-
-    def _ask(self, rule, seen, p, y):
-        return ask(rule, seen, p, y, self.age, self.worlds.levels.lifetime)
 
     def detach(self) -> None:
         self.actor, self.bootstrap = self.actor.detach(), self.bootstrap.detach()

@@ -19,7 +19,7 @@ from volvelle.core.parts import Part, part
 from .gridtasks import Grids
 from .gridworlds import ACTIONS, Levels, Worlds, optimal_returns
 from .lpg import UpdateRule, agent_loss, ask, tabular_update
-from .tabular import Tabular, actor_critic, draw, play, returns
+from .tabular import Tabular, actor_critic, draw, play, returns, softmax
 
 Count = Annotated[int, Field(gt=0)]
 
@@ -136,7 +136,7 @@ def lifetime(rule, agent: Tabular, levels: Levels, episodes: int, generator: tor
     moments = (agent.moments(actor), agent.moments(bootstrap))
     for age in range(int(levels.lifetime.max())):
         seen = play(actor, worlds, agent.length, generator)
-        p, y = seen.rows(actor).softmax(-1), seen.rows(bootstrap, last=True).softmax(-1)
+        p, y = softmax(seen.rows(actor)), softmax(seen.rows(bootstrap, last=True))
         pi_hat, y_hat = ask(rule, seen, p, y, torch.full((L,), age, device=device), levels.lifetime)
         actor, bootstrap, moments = tabular_update(agent, actor, bootstrap, moments, seen, pi_hat, y_hat, age < levels.lifetime)
     return returns(levels, actor, episodes, generator)
