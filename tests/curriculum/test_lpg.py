@@ -7,7 +7,7 @@ import torch
 from volvelle.core.errors import UserError
 from volvelle.core.run import RunConfig
 from volvelle.core.trainer import start
-from volvelle.curriculum.gridtasks import Grids
+from volvelle.curriculum.gridtasks import Grids, RandomGrids
 from volvelle.curriculum.lpg import LPG, agent_loss, ask, load_rule, tabular_update
 from volvelle.curriculum.metalearning import MetaGradient, MetaTraining
 from volvelle.curriculum.tabular import Experience, Tabular, Values, actor_critic, descend, draw, kl, look, play, returns, spread
@@ -156,8 +156,8 @@ def test_a_rule_is_saved_and_read(tmp_path):
 
 # ---- the meta-gradient
 
-def learner(**changes):
-    return start(RunConfig(recipe=TINY.replace(**changes), task=Grids()), "/nowhere")[1]
+def learner(levels=RandomGrids(), **changes):
+    return start(RunConfig(recipe=TINY.replace(**changes), task=Grids(levels=levels)), "/nowhere")[1]
 
 
 FREE = {"policy_entropy": 0.0, "prediction_entropy": 0.0, "policy_norm": 0.0, "prediction_norm": 0.0}
@@ -180,6 +180,37 @@ def test_the_meta_gradient_reaches_both_outputs():
     assert alone["policy_weight"] > 1e-6 and alone["prediction_weight"] == 0.0  # the stopped inputs: only the regularisers teach predictions
     through = meta_gradients(MetaGradient(updates=3, through_inputs=True, **FREE))
     assert through["policy_weight"] > 1e-6 and through["prediction_weight"] > 1e-9
+
+
+@pytest.mark.parametrize("weight, sign", [("policy_entropy", -1), ("prediction_entropy", -1), ("policy_norm", 1), ("prediction_norm", 1)])
+def test_each_term_of_the_outer_loss_has_its_sign_and_weight(weight, sign):
+    """Two learners that differ in one weight make the same experience on the way to their first loss."""
+    plain, _ = MetaGradient(updates=2, **FREE).loss(learner())
+    more, metrics = MetaGradient(updates=2, **FREE | {weight: 0.3}).loss(learner())
+    assert float((more - plain).detach()) == pytest.approx(sign * 0.3 * metrics[weight], rel=1e-3) and metrics[weight] > 1e-4
+
+
+def test_the_outer_loss_raises_what_had_more_advantage_than_usual():
+    """Without regularisers L_out = -mean(log pi A), A normalised: recomputed by hand from what the learner kept."""
+    live, twin = (learner(RandomGrids(size=(3, 3), walls=0, limit=(5, 10)), outer=MetaGradient(updates=1, **FREE, critic=False)) for _ in range(2))
+    loss, _ = live.part.outer.loss(live)
+    twin.update(twin.rule)
+    met = play(twin.actor.detach(), twin.worlds, 5, twin.playing)
+    expected = 0.0
+    for i in range(3):
+        found = torch.stack([_by_hand(met.rewards[i, w], met.done[i, w]) for w in range(4)])
+        logp = met.rows(twin.actor).log_softmax(-1).gather(-1, met.actions.unsqueeze(-1))[i, ..., 0]
+        expected -= float((logp * (found - found.mean()) / (found.std(unbiased=False) + 1e-8)).mean().detach()) / 3
+    assert float(loss.detach()) == pytest.approx(expected, abs=1e-5) and abs(expected) > 1e-6
+
+
+def _by_hand(rewards, done):
+    """With a critic of nothing: sums of rewards discounted by .99 * .95 up to the episode's end."""
+    out, total = [], 0.0
+    for r, d in zip(rewards.flip(0), done.flip(0)):
+        total = float(r) + 0.99 * 0.95 * total * (not d)
+        out.append(total)
+    return torch.tensor(out[::-1])
 
 
 def test_without_updates_there_is_no_meta_gradient():

@@ -6,7 +6,7 @@ learned policy gradient (LPG, arXiv 2007.08794).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -148,7 +148,7 @@ class MetaTraining(Recipe):
     """Agents live in parallel, each on one level, and learn only by the rule; one step improves the rule once.
 
     rule: the network; agent: how tabular agents learn; curation: which levels; outer: how the rule moves, with `optimiser`; lifetimes: agents at a time;
-    value_lr, value_optimiser: of the scalar critics; evaluation: agents trained by the frozen rule on held-out levels or other environments.
+    value_lr, value_optimiser: of the scalar critics (sgd is clipped as the agents are; at the agents' step sizes it can oscillate); evaluation: agents trained by the frozen rule on held-out levels or other environments.
     """
 
     wing: ClassVar[str] = "curriculum"
@@ -159,6 +159,7 @@ class MetaTraining(Recipe):
     optimiser: Optimiser = Adam(lr=1e-4, clip=None)
     lifetimes: Count = 512
     value_lr: Annotated[float, Field(gt=0)] = 0.03
+    value_optimiser: Literal["adam", "sgd"] = "adam"
     evaluation: RuleTests = RuleTests()
 
     def validate(self, task=None):
@@ -185,7 +186,7 @@ class MetaLearner:
         levels = self._doubled(self.curation.first(self.places)).to(run.device)
         L, S = part.lifetimes, levels.states
         self.worlds = Worlds(levels, part.agent.workers)
-        self.values = Values(L, S, part.value_lr, device=run.device)
+        self.values = Values(L, S, part.value_lr, part.value_optimiser, part.agent.clip if part.value_optimiser == "sgd" else None, device=run.device)
         self.actor, self.bootstrap = (part.agent.fresh(L, S, k, self.beginning, run.device) for k in (ACTIONS, part.agent.width))
         self.moments = (part.agent.moments(self.actor), part.agent.moments(self.bootstrap))
         self.age = torch.zeros(L, dtype=torch.long, device=run.device)
