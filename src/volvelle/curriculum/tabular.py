@@ -108,8 +108,11 @@ def play(actor: Tensor, worlds: Worlds, length: int, generator: torch.Generator)
     L, W, O, device = len(actor), worlds.workers, worlds.levels.objects, actor.device
     numbers = torch.rand(length, L, W, O + 2, generator=generator).to(device)
     states, times, actions, rewards, done = [worlds.states()], [worlds.time.clone()], [], [], []
-    for t in range(length):
-        action = draw(softmax(look(actor, states[-1], times[-1])), numbers[t, ..., -1])
+    offset = (torch.arange(L, device=device) * actor.shape[1])[:, None]
+    flat, last = actor.reshape(-1, actor.shape[-1]), actor[:, None, -1] * 0.001
+    for t in range(length):                                         # `look`, with what stays the same kept outside the loop
+        rows = flat.index_select(0, (states[-1] + offset).reshape(-1)).view(L, W, -1) + times[-1].unsqueeze(-1) * last
+        action = draw(softmax(rows), numbers[t, ..., -1])
         reward, ended = worlds.step(action, numbers[t, ..., :-1])
         states.append(worlds.states())
         times.append(worlds.time.clone())
