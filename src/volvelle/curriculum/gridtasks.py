@@ -97,6 +97,7 @@ preset("medium", RandomGrids(size=(6, 8), walls=10, objects=(2, 4), limit=(100, 
 preset("large", RandomGrids(size=(8, 10), walls=15, objects=(2, 5), limit=(250, 750), lifetime=(2500, 2500)))
 preset("all", RandomGrids(size=(4, 10), walls=15, objects=(1, 5), limit=(20, 750), lifetime=(250, 250)))
 preset("tiny", RandomGrids())
+preset("mixed", RandomGrids(size=(4, 6), walls=8, objects=(1, 3), limit=(20, 60)))
 
 # name: side, walled cells, objects (reward, probability of ending, probability of coming back), steps
 HANDMADE = {
@@ -167,7 +168,7 @@ preset("handmade", HandmadeGrids())
 
 @task_reader("grids")
 def _grids(text: str) -> Grids:
-    """Batched grid worlds: grids:tiny, grids:small, grids:medium, grids:large, grids:all, grids:handmade, grids:dense (sparse, long, longer, long-dense)"""
+    """Batched grid worlds: grids:tiny, grids:mixed, grids:small, grids:medium, grids:large, grids:all, grids:handmade, grids:dense (sparse, long, longer, long-dense)"""
     if text in HANDMADE:
         return Grids(levels=HandmadeGrids(kinds=(text,)), tests=8)
     return Grids(levels=text, tests=10 if text == "handmade" else 64)
