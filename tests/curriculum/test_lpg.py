@@ -274,6 +274,15 @@ def test_play_uses_only_the_given_numbers():
     assert (a.actions == b.actions).all() and a.states.shape == (3, 4, 7) and a.rewards.shape == (3, 4, 6)
 
 
+def test_the_time_is_seen():
+    """A last row that says "stay" as soon as an episode has begun: random on the first step of an episode, staying afterwards."""
+    levels = Grids(tests=3).held_out()
+    actor = torch.zeros(3, levels.states + 1, 5)
+    actor[:, -1, 4] = 1e5
+    met = play(actor, Worlds(levels, 16), 6, generator(1))
+    assert (met.actions[met.times[..., :-1] > 0] == 4).all() and len(set(met.actions[..., 0].flatten().tolist())) == 5
+
+
 def test_asking_for_a_batch_is_asking_one_by_one():
     levels, rule = Grids(tests=3).held_out(), LPG(hidden=8, conditioned=True).build(3, generator())
     met = play(torch.zeros(3, levels.states + 1, 5), Worlds(levels, 4), 6, generator(1))
