@@ -125,8 +125,16 @@ class OpenES(Outer):
             raise UserError(f"curation.score={recipe.curation.score}: needs scalar critics, which openes trains none of; accepted: algorithmic-regret, optimal-regret")
 
     def improve(self, learner):
+        rule, half, sigma = learner.rule, learner.part.lifetimes // 2, self.sigma * self.decay**learner.rule.steps
+        noise, reached = self.compare(learner, sigma)
+        better = torch.sign(reached[:half] - reached[half:]) / 2       # 1 and 0, or both a half: the difference over two
+        for name, p in rule.module.named_parameters():
+            p.grad = -torch.einsum("l,l...->...", better, noise[name]) / (half * sigma)
+        return {"return": float(reached.mean()), "meta_gradient_norm": rule.step(), "sigma": sigma}
+
+    def compare(self, learner: MetaLearner, sigma: float) -> tuple[dict[str, Tensor], Tensor]:
+        """(noise by parameter, one per pair; returns [L] of the agents, those with plus the noise first)."""
         rule, half, device = learner.rule, learner.part.lifetimes // 2, learner.run.device
-        sigma = self.sigma * self.decay**rule.steps
         noise = {k: torch.randn(half, *p.shape, generator=learner.noise).to(device) for k, p in rule.module.named_parameters()}
         candidates = {k: torch.cat([p.detach() + sigma * noise[k], p.detach() - sigma * noise[k]]) for k, p in rule.module.named_parameters()}
 
@@ -136,11 +144,7 @@ class OpenES(Outer):
         with torch.no_grad():
             while bool((learner.age < learner.worlds.levels.lifetime).any()):
                 learner.update(each)
-            reached = returns(learner.worlds.levels, learner.actor, self.episodes, learner.playing)
-        better = torch.sign(reached[:half] - reached[half:]) / 2       # 1 and 0, or both a half: the difference over two
-        for name, p in rule.module.named_parameters():
-            p.grad = -torch.einsum("l,l...->...", better, noise[name]) / (half * sigma)
-        return {"return": float(reached.mean()), "meta_gradient_norm": rule.step(), "sigma": sigma}
+            return noise, returns(learner.worlds.levels, learner.actor, self.episodes, learner.playing)
 
 
 @part("meta-training")

@@ -10,6 +10,7 @@ from volvelle.core.claims import run_claim
 from volvelle.core.errors import UserError
 from volvelle.core.run import RunConfig
 from volvelle.core.state import load_state
+from volvelle.core.trainable import SGD
 from volvelle.core.trainer import start
 from volvelle.curriculum.gridtasks import Grids, RandomGrids
 from volvelle.curriculum.gridworlds import Levels, optimal_returns
@@ -188,13 +189,20 @@ def test_a_resumed_run_ends_as_one_never_stopped(tmp_path, recipe):
 
 
 def test_evolution_keeps_pairs_on_one_level_and_moves_towards_the_better():
-    learner = live(TINY.replace(outer=OpenES(), optimiser=groove.optimiser.replace(lr=0.01), curation=Adversarial(size=14)))
+    """The step is the noise of each pair, forwards where plus did better and backwards where minus did; a twin tells which it was."""
+    recipe = TINY.replace(outer=OpenES(), optimiser=SGD(lr=1.0), lifetimes=6, curation=Adversarial(size=20))
+    learner, twin = live(recipe), live(recipe)
     levels = learner.worlds.levels
-    assert torch.equal(levels.start[:2], levels.start[2:]) and torch.equal(levels.reward[:2], levels.reward[2:])
+    assert torch.equal(levels.start[:3], levels.start[3:]) and torch.equal(levels.reward[:3], levels.reward[3:])
+    noise, reached = twin.part.outer.compare(twin, 0.1)
+    better = [(1 if p > m else -1 if p < m else 0) / 2 for p, m in zip(reached[:3], reached[3:])]
+    assert any(better)
     before = learner.rule.module.read_weight.detach().clone()
-    metrics = [learner.step() for _ in range(3)]
-    assert torch.equal(learner.worlds.levels.reward[:2], learner.worlds.levels.reward[2:]) and not torch.equal(before, learner.rule.module.read_weight)
-    assert metrics[1]["sigma"] == pytest.approx(0.0999)
+    learner.step()
+    expected = sum(b * noise["read_weight"][i] for i, b in enumerate(better)) / (3 * 0.1)
+    assert torch.allclose(learner.rule.module.read_weight - before, expected, atol=1e-5)
+    assert learner.step()["sigma"] == pytest.approx(0.0999)
+    assert torch.equal(learner.worlds.levels.reward[:3], learner.worlds.levels.reward[3:])
 
 
 @pytest.mark.slow
