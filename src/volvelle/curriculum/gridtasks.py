@@ -11,6 +11,7 @@ from torch import Tensor
 
 from volvelle.core.errors import UserError, unknown
 from volvelle.core.parts import Part, part, preset
+from volvelle.core.registry import registry
 from volvelle.core.tasks import Task, task_reader
 
 from .gridworlds import Levels, join
@@ -157,8 +158,6 @@ class Grids(Task):
         return self.levels.draw(self.tests, torch.Generator().manual_seed(2**40 + self.seed))
 
     def label(self):
-        from volvelle.core.registry import registry
-
         named = (n for n, value in registry.table(LevelSource).items() if not isinstance(value, type) and value == self.levels)
         return f"grids-{next(named, self.levels.part_name)}"
 
