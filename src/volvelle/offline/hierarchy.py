@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,8 +21,11 @@ from volvelle.control.spaces import Layout, Spec
 from volvelle.core.errors import UserError
 from volvelle.core.parts import part
 
+from .commands import Maze
 from .goals import Goals, LiveGoals, apart, split, together
+from .learner import OfflineLearner
 from .losses import advantage_weights
+from .mazes import MAZES, along, shortest_way
 from .policies import HeadPolicy
 from .reaching import LAST_GAIN, Level, Reaching, ReachingAgent, implicit_value_loss
 from .samplers import BatchSampler, reserved
@@ -105,15 +106,20 @@ class TwoLevels(Deciding):
 
 
 class Guided(Deciding):
-    """The low policy of two levels led by given subgoals: `ahead(observations)` names the states to go to, [S, N, state]."""
+    """The low policy of two levels led by true subgoals of one of our mazes: the place `length` cells ahead on a shortest way to the goal."""
 
-    def __init__(self, levels: TwoLevels, ahead: Any):
+    def __init__(self, levels: TwoLevels, maze: str, length: float):
         super().__init__()
-        self.levels, self.ahead = levels, ahead
+        self.levels, self.maze, self.length = levels, maze, np.array([length])
+
+    def ahead(self, states: Tensor, goals: Tensor) -> Tensor:
+        pairs = zip(states.reshape(-1, 2).cpu().numpy(), goals.reshape(-1, 2).cpu().numpy(), strict=True)
+        found = np.stack([along(shortest_way(self.maze, place, goal), self.length)[0] for place, goal in pairs])
+        return torch.from_numpy(found.astype(np.float32)).view(states.shape).to(states.device)
 
     def best(self, observations):
-        states, _ = apart(observations, self.levels.goal)
-        return self.levels.low.best(together(states, self.levels.phi(states, self.ahead(observations))))
+        states, goals = apart(observations, self.levels.goal)
+        return self.levels.low.best(together(states, self.levels.phi(states, self.ahead(states, goals))))
 
 
 # ---------------------------------------------------------------------------------------------- diagnostics
@@ -131,7 +137,8 @@ def order_consistency(values: Tensor, steps: int) -> Tensor:
 class Hierarchical(Reaching):
     """level: of the expectile; width: of phi; *_temperature, cap: of both policies' weights min(exp(temperature A), cap).
 
-    low_trains_phi: let the low policy's loss into phi (for images).
+    low_trains_phi: let the low policy's loss into phi (for images). diagnose: evaluations in our mazes also report `order`, the order consistency of the
+    high level's value over sampler.steps steps, and `oracle_success`, that of the low policy led by true subgoals.
     """
 
     sampler: BatchSampler = Subgoals()
@@ -141,14 +148,62 @@ class Hierarchical(Reaching):
     high_temperature: NonNegative = 3.0
     cap: Positive = 100.0
     low_trains_phi: bool = False
+    diagnose: bool = False
 
     def check(self, recipe):
         super().check(recipe)
         if not isinstance(self.sampler, Subgoals):
             raise UserError(f"sampler={self.sampler.part_name}: two levels need goals for both; accepted: subgoals, options")
 
+    def validate(self, task=None):
+        super().validate(task)
+        if self.diagnose and not isinstance(task.world(), Maze):
+            raise UserError(f"diagnose=true knows shortest ways in our mazes only; this task is {task.label()}; accepted: datasets of maze:…")
+
     def actor(self, spec, seeds):
         return TwoLevels(self, spec, seeds)
+
+    def start(self, run):
+        return HierarchicalLearner(run, self)
+
+
+class HierarchicalLearner(OfflineLearner):
+    """The offline loop, with the diagnostics of two levels."""
+
+    leader: tuple[str, float] | None = None  # maze and length, while true subgoals lead
+
+    def module_policy(self):
+        return self.agent.module if self.leader is None else Guided(self.agent.module, *self.leader)
+
+    def evaluate(self, task=None):
+        found = super().evaluate(task)
+        if not self.part.diagnose or task is not None or self.evaluated is not None:
+            return found
+        world = self.run.config.task.world()
+        self.leader = (world.maze, self.part.sampler.steps * world.speed)
+        try:
+            led = super().evaluate(task)
+        finally:
+            self.leader = None
+        found |= {f"oracle_{k}": v for k, v in led.items() if k.startswith("success") and "/" not in k}
+        order = self.order(world)
+        return found | {"order": float(order.mean())} | ({f"order@{s}": float(v) for s, v in enumerate(order)} if len(order) > 1 else {})
+
+    @torch.no_grad()
+    def order(self, world: Maze) -> Tensor:
+        """Order consistency of the high level's value per seed, mean over those of the maze's tasks that are more than sampler.steps steps long."""
+        agent, steps, found = self.agent, self.part.sampler.steps, []
+        for start, goal in MAZES[world.maze][1]:
+            corners = shortest_way(world.maze, np.array(start) + 0.5, np.array(goal) + 0.5)
+            total = np.linalg.norm(np.diff(corners, axis=0), axis=1).sum()
+            states = along(corners, np.arange(0, total, world.speed))
+            if len(states) > steps:
+                places = torch.from_numpy(states.astype(np.float32)).expand(self.part.seeds, -1, -1).to(self.device)
+                goals = torch.tensor(goal, dtype=torch.float32, device=self.device).add(0.5).expand_as(places)
+                found.append(order_consistency(agent.value(agent.high_value(), places, goals).mean(1), steps))
+        if not found:
+            raise UserError(f"diagnose=true: no task of {world.label()} is more than sampler.steps={steps} steps long")
+        return torch.stack(found).mean(0)
 
 
 class HierarchicalAgent(ReachingAgent):

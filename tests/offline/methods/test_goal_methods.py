@@ -209,15 +209,17 @@ def test_lagged_copies_follow_and_the_others_have_none():
 
 # ---- learning
 
-LEARN = ["network.hidden=[64,64]", "value_network.hidden=[64,64]", "batch=128", "period=1", "optimiser.lr=2e-3", "tau=0.02", "gamma=0.95", "evaluation.episodes=4"]
+NETS = [f"{n}.{w}" for n in ("network", "value_network") for w in ("hidden=[64,64]", "activation=gelu", "init=fan-avg")] + ["network=fourier-mlp", "value_network=fourier-mlp"]
+LEARN = [*NETS, "value_network.layer_norm=true", "batch=128", "optimiser.lr=2e-3", "tau=0.05", "gamma=0.95", "evaluation.episodes=4"]
+OPEN = Generated(env=Maze(maze="small", speed=0.8, time_limit=60), behaviour=Walker(), quality="navigate", steps=3000)
 
 
 @pytest.mark.parametrize("method, overrides, updates", [
-    ("gcivl", [], 700), ("gciql", ["extraction.weight=0.1"], 700), ("gciql", ["extraction=awr"], 700), ("hiql", ["sampler.steps=5"], 700),
-    ("qrl", ["width=32", "extraction.weight=0.01"], 700), ("crl", ["width=32", "extraction.weight=0.03"], 700)], ids=lambda v: v if isinstance(v, str) else None)
+    ("gcivl", ["extraction.temperature=3"], 600), ("gciql", ["extraction.weight=0.1"], 600), ("gciql", ["extraction=awr", "extraction.temperature=3"], 600),
+    ("hiql", ["sampler.steps=4"], 600), ("qrl", ["width=32", "extraction.weight=0.01"], 600), ("crl", ["width=32", "extraction.weight=0.03"], 600)],
+    ids=lambda v: v if isinstance(v, str) else None)
 def test_finds_the_way_through_the_small_maze(method, overrides, updates, tmp_path):
-    words = [w for w in LEARN if not w.startswith("period")]
-    found = volvelle.train(method, task=MAZE, folder=tmp_path / "run", overrides=[*words, f"period={updates}", *overrides], steps=1).result
+    found = volvelle.train(method, task=OPEN, folder=tmp_path / "run", overrides=[*LEARN, f"period={updates}", *overrides], steps=1).result
     print(method, overrides, found["start"]["success"], found["metrics"]["success"], found["seconds"])
     assert found["start"]["success"] < 0.3 and found["metrics"]["success"] > 0.7
 
@@ -239,8 +241,7 @@ def line(length=12, walks=60, steps=40):
                                                ("crl", ["extraction=awr", "extraction.temperature=3", "width=32"])], ids=lambda v: v if isinstance(v, str) else None)
 def test_discrete_actions_lead_to_the_goal(method, overrides, tmp_path):
     path = write_dataset(line(), tmp_path / "line.npz")
-    words = [w for w in LEARN if not w.startswith("period")]
-    made = volvelle.train(method, task=f"offline:{path}", folder=tmp_path / "run", overrides=[*words, "period=500", *overrides], steps=1)
+    made = volvelle.train(method, task=f"offline:{path}", folder=tmp_path / "run", overrides=[*LEARN, "period=300", *overrides], steps=1)
     pairs = np.array([[s, g] for s in range(12) for g in range(12) if s != g], np.float32)
     right = made.learner.agent.module.best(torch.from_numpy(pairs / 12)[None])[0].numpy() == (pairs[:, 1] > pairs[:, 0])
     print(method, right.mean())
