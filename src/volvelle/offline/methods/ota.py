@@ -19,17 +19,18 @@ import torch
 
 from volvelle.control.evaluation import Evaluation
 from volvelle.control.learner import Count
-from volvelle.control.networks import MLP
+from volvelle.control.networks import FourierMLP
 from volvelle.core.claims import Claim
+from volvelle.core.errors import UserError
 from volvelle.core.parts import method, part
 from volvelle.core.trainable import Adam
-from volvelle.core.errors import UserError
 
 from ..behaviours import Walker
 from ..commands import Maze
 from ..hierarchy import Hierarchical, HierarchicalAgent, LiveSubgoals, Subgoals
 from ..samplers import BatchSampler, reserved
 from ..tasks import Generated
+from .hiql import hiql
 
 FIELDS = ("option_ends", "option_goals", "option_rewards", "option_masks")
 
@@ -117,4 +118,17 @@ class OTAAgent(HierarchicalAgent):
         return super().value_losses(batch) | {"high_value": high}
 
 
-ota = method("ota", OTA(), title="option-aware temporally abstracted value", source="arXiv 2505.12737")
+# --------------------------------------------------------------------------------------------------------------- recipe and claim
+
+_network = FourierMLP(hidden=(64, 64), activation="gelu", init="fan-avg")
+_small = {"network": _network, "value_network": _network.replace(layer_norm=True), "batch": 128, "period": 1000, "optimiser": Adam(lr=1e-3, clip=None), "tau": 0.05,
+          "evaluation": Evaluation(episodes=6), "diagnose": True}
+
+claim = Claim(
+    says="orders the states of long ways where hiql's value does not, so that its high policy names better subgoals",
+    arms={"hiql": hiql(**_small, sampler=Subgoals(steps=25)), "ota": OTA(**_small, sampler=Options(steps=25, abstraction=25))},
+    task=Generated(env=Maze(maze="corridor", speed=0.1, noise=0.0125, time_limit=800), behaviour=Walker(), quality="navigate", steps=50_000, length=1000),
+    steps=3, seeds=5, equal="gradient steps", minutes=10, quick={"steps": 1, "seeds": 2},
+    expects=("ota > hiql on order", "ota > hiql on success"), run={"checkpoint_every": 1})
+
+ota = method("ota", OTA(), title="option-aware temporally abstracted value", source="arXiv 2505.12737", claim=claim)
