@@ -214,6 +214,33 @@ class MLP(Network):
         return Flat(Dense(copies, layout.size + extra, self.hidden, self.activation, self.layer_norm, self.init))
 
 
+class _Waves(nn.Module):
+    """Every input x and sin, cos of 2 pi x 2^i / period for i below `octaves`, then a dense body."""
+
+    def __init__(self, dense: nn.Module, period: float, octaves: int):
+        super().__init__()
+        self.dense, self.width, self.scales = dense, dense.width, [2 * math.pi * 2**i / period for i in range(octaves)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = torch.cat([x * s for s in self.scales], -1)
+        return self.dense(torch.cat([x, turned.sin(), turned.cos()], -1))
+
+
+@part("fourier-mlp")
+class FourierMLP(MLP):
+    """Dense layers that also see every input through sines and cosines, of `period` and its halves: for values that change at once where inputs hardly do,
+
+    as on both sides of a wall (arXiv 2206.04672). period: a little more than the range of the inputs; octaves: how many halvings.
+    """
+
+    period: Annotated[float, Field(gt=0)] = 16.0
+    octaves: Width = 4
+
+    def build(self, layout, copies, extra=0):
+        dense = Dense(copies, (layout.size + extra) * (1 + 2 * self.octaves), self.hidden, self.activation, self.layer_norm, self.init)
+        return Flat(_Waves(dense, self.period, self.octaves))
+
+
 class _Skips(nn.Module):
     """A dense layer, then blocks x + W2 f(W1 f(x)), each with layer normalisation at its start."""
 

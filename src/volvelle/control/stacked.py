@@ -142,3 +142,10 @@ def make(run: Run, name: str, module: torch.nn.Module, optimiser: Optimiser | No
     """Draw the initial weights of every seed from its own stream, and register the module with the run."""
     generators = [run.torch_rng(f"{name}/initial", run.seed + i) for i in range(seeds) for _ in range(members)]
     return run.register(name, Stacked(name, reset(module, generators), optimiser, run.device, seeds))
+
+
+def joint(run: Run, name: str, parts: dict[str, tuple[torch.nn.Module, int]], optimiser: Optimiser, seeds: int) -> Stacked:
+    """Several networks under one optimiser: name -> (module, members per seed). Each draws its initial weights from streams of its own."""
+    for key, (module, members) in parts.items():
+        reset(module, [run.torch_rng(f"{name}.{key}/initial", run.seed + i) for i in range(seeds) for _ in range(members)])
+    return run.register(name, Stacked(name, torch.nn.ModuleDict({k: m for k, (m, _) in parts.items()}), optimiser, run.device, seeds))

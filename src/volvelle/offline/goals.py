@@ -112,13 +112,16 @@ class LiveGoals:
         part, numbers = self.part, self.numbers
         value = numbers.goals(rows, part.value_current, part.value_trajectory, part.value_geometric)
         actor = numbers.goals(rows, part.actor_current, part.actor_trajectory, part.actor_geometric)
+        names = ("obs", "next_obs", "value_goals", "actor_goals")
+        return self.value_batch(rows, value) | dict(zip(names, self.states(rows, rows + 1, value, actor), strict=True))
+
+    def value_batch(self, rows: np.ndarray, goals: np.ndarray) -> dict[str, Any]:
+        """The fields of the steps, rewards and masks for those goals, rows."""
         batch: dict[str, Any] = self.table.take(rows)
         for name in ("rewards", "terminated", "truncated"):
             batch.pop(name, None)
-        names = ("obs", "next_obs", "value_goals", "actor_goals")
-        batch |= dict(zip(names, self.states(rows, rows + 1, value, actor), strict=True))
-        reached = torch.from_numpy((value == rows).astype(np.float32)).to(self.table.device)
-        return batch | {"rewards": reached + part.reward_shift, "masks": 1 - reached, "rows": torch.from_numpy(rows)}
+        reached = torch.from_numpy((goals == rows).astype(np.float32)).to(self.table.device)
+        return batch | {"rewards": reached + self.part.reward_shift, "masks": 1 - reached, "rows": torch.from_numpy(rows)}
 
     def states(self, *rows: np.ndarray) -> list[Observation]:
         """Observations of several sets of rows [S, B], gathered at once."""

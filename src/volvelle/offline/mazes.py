@@ -62,6 +62,27 @@ def distances(name: str, goal: Cell) -> np.ndarray:
     return found
 
 
+def shortest_way(name: str, place: np.ndarray, goal: np.ndarray) -> np.ndarray:
+    """Corners of a shortest way from a place to a goal, through the middles of the cells between them: [corners, 2]."""
+    far = distances(name, (int(goal[0]), int(goal[1])))
+    i, j = int(place[0]), int(place[1])
+    if far[i, j] < 0:
+        raise ValueError(f"maze {name}: no way from {place.tolist()} to {goal.tolist()}")
+    corners = [np.asarray(place, float)]
+    while far[i, j] > 0:
+        i, j = min(((i - 1, j), (i, j - 1), (i + 1, j), (i, j + 1)), key=lambda c: far[c] if far[c] >= 0 else 10**6)
+        corners.append(np.array([i + 0.5, j + 0.5]))
+    if len(corners) > 1:
+        corners.pop()
+    return np.array([*corners, np.asarray(goal, float)])
+
+
+def along(corners: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Places that far along a way, at most its end: [n] -> [n, 2]."""
+    reached = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(corners, axis=0), axis=1))])
+    return np.stack([np.interp(lengths, reached, corners[:, axis]) for axis in (0, 1)], -1)
+
+
 class PointMaze(gym.Env):
     """The observation is the point's place (row, column) in units of cells, the action a push in [-1, 1]^2 of which `speed` cells come through.
 
