@@ -13,7 +13,6 @@ from volvelle.core.trainer import start
 from volvelle.core.verbs import configure
 from volvelle.offline.data.files import write_dataset
 from volvelle.offline.demonstrations import Demonstrations, apart_from
-from volvelle.offline.divergences import ChiSquare
 from volvelle.offline.methods.dual_rl_members import dual_q_imitation, dual_q_recorded, dual_v_imitation, dual_v_recorded, iq_learn, iv_learn
 from volvelle.offline.methods.recoil import bounded_loss, claim, demonstration, grid, recoil
 from volvelle.offline.tasks import Generated

@@ -127,7 +127,8 @@ class FDVLAgent(ImplicitAgent):
 
 noisy_grid = Generated(env=GridTask(noise=1.0), behaviour=Random(), quality="random", steps=20_000)
 fast = Adam(lr=0.02, clip=None)
-tables = {"network": Table(), "value_network": Table(), "batch": 256, "period": 500, "gamma": 0.97, "tau": 0.01, "actor_optimiser": fast, "critic_optimiser": fast,
+table = Table(features=8)
+tables = {"network": table, "value_network": table, "batch": 256, "period": 500, "gamma": 0.97, "tau": 0.01, "actor_optimiser": fast, "critic_optimiser": fast,
           "value_optimiser": fast, "decay": False, "evaluation": Evaluation(episodes=60)}
 small = FDVL(**tables)
 

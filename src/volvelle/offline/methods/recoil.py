@@ -32,7 +32,7 @@ from volvelle.core.trainable import Adam
 
 from ..behaviours import Random
 from ..demonstrations import Demonstrations
-from ..divergences import ChiSquare, Divergence
+from ..divergences import ChiSquare, Divergence, mixture_dual_q
 from ..grids import GridDriver, GridTask, Table
 from ..implicit import ImplicitAgent, ImplicitQ
 from ..maxima import Expectile, Gumbel, Maximum
@@ -104,8 +104,7 @@ class ReCOILAgent(ImplicitAgent):
             top = part.top if part.top is not None else 2 / (1 - part.gamma)
             return bounded_loss(offline, expert, halves(following)[0], halves(batch["discounts"])[0], part.gamma, top)
         here, there = ((d * v).unsqueeze(1) - q for d, v, q in zip(halves(batch["discounts"]), halves(following), (offline, expert)))
-        mixed = part.share * part.divergence.conjugate(there).mean(-1) + (1 - part.share) * part.divergence.conjugate(here).mean(-1)
-        return (mixed - (1 - part.share) * here.mean(-1)).sum(-1)
+        return mixture_dual_q(torch.zeros_like(here), there, here, part.divergence, part.share, part.gamma).sum(-1)  # Q(s0, pi) has become V(s0)
 
     def actor_loss(self, batch, advantages):
         count = advantages.shape[-1] // 2

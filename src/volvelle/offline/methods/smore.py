@@ -33,7 +33,7 @@ from volvelle.core.errors import UserError
 from volvelle.core.parts import method, part
 from volvelle.core.trainable import Adam, Optimiser
 
-from ..divergences import ChiSquare, Divergence
+from ..divergences import ChiSquare, Divergence, mixture_dual_q
 from ..goals import Share, together
 from ..grids import Drift, RoomsTask, Table
 from ..implicit import ImplicitAgent, ImplicitQ, action_numbers, action_width
@@ -187,8 +187,7 @@ class SMOReAgent(ImplicitAgent):
             with torch.no_grad():
                 there = self.v(batch["entering_next_obs"])
             here, there = gamma * following.unsqueeze(1) - offline, gamma * there.unsqueeze(1) - entering
-            mixed = part.share * part.divergence.conjugate(there).mean(-1) + (1 - part.share) * part.divergence.conjugate(here).mean(-1)
-            loss = (mixed - (1 - part.share) * here.mean(-1)).sum(-1)
+            loss = mixture_dual_q(torch.zeros_like(here), there, here, part.divergence, part.share, gamma).sum(-1)  # S(s0, pi, g) has become M(s0, g)
         if part.gradient_penalty:
             loss = loss + part.gradient_penalty * gradient_excess(lambda a: self.critics.values(states, a), every)
         return loss
