@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import volvelle
 from volvelle.core.errors import UserError
 from volvelle.core.trainer import start
 from volvelle.core.verbs import configure
@@ -300,3 +301,20 @@ def test_steep_critics_pay_by_hand():
     assert penalty.tolist() == [4.0]
     agent, batch = agent_of("dual-rl", PENDULUM, "gradient_penalty=1.0")
     agent.update(batch)
+
+
+# ---- online
+
+@pytest.mark.parametrize("task, words", [("Pendulum-v1", []), ("CartPole-v1", ["learner.maximum=chi-square"])])
+def test_online_it_learns_from_the_replay_buffer(task, words, tmp_path):
+    small = ["warmup=60", "period=100", "replay.batch=16", "learner.network.hidden=[16]", "learner.value_network.hidden=[16]", "evaluation.episodes=2", "seeds=2"]
+    made = volvelle.train("dual-rl-online", task=task, folder=tmp_path / "run", overrides=[*small, *words], steps=2)
+    agent = made.learner.agent
+    assert agent.inner.critics.net.steps == 141 and agent.inner.critics.seeds == 2 and "return@1" in made.result["metrics"]
+
+
+@pytest.mark.parametrize("words, told", [(["learner=td3-bc"], "learner"), (["learner.decay=true"], "accepted: false"), (["replay=prioritised"], "take no weights"), (["learner=mixture-imitation"], "accepted: implicit-q, f-dvl")])
+def test_online_it_takes_learners_of_rewards_only(words, told, tmp_path):
+    with pytest.raises(UserError, match=told) as error:
+        volvelle.train("dual-rl-online", task="Pendulum-v1", folder=tmp_path / "run", overrides=words, steps=1)
+    assert "\n" not in str(error.value)
