@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,3 +27,11 @@ def conservative_gap(values: Tensor, recorded: Tensor) -> Tensor:
 def scaled_policy_gradient(values: Tensor, eps: float = 0.0) -> Tensor:
     """-mean Q / (mean |Q| + eps), the divisor without gradient: a policy loss that does not depend on the scale of Q. [S, B] -> [S]."""
     return -values.mean(-1) / (values.detach().abs().mean(-1) + eps)
+
+
+def gradient_excess(values: Callable[[Tensor], Tensor], actions: Tensor) -> Tensor:
+    """mean max(|dQ/da| - 1, 0)^2, summed over members: a penalty on critics that are steep in the action. values: [S, B, d] -> [S, members, B]."""
+    actions = actions.detach().requires_grad_(True)
+    made = values(actions)
+    slopes = torch.stack([torch.autograd.grad(made[:, i].sum(), actions, create_graph=True)[0].norm(dim=-1) for i in range(made.shape[1])], 1)
+    return (slopes - 1).clamp(min=0).square().mean(-1).sum(-1)

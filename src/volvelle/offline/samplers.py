@@ -29,7 +29,7 @@ class Table:
     """
 
     def __init__(self, data: Dataset, normaliser: ObservationNormaliser | None = None, device: torch.device | str = "cpu"):
-        self.data, self.device, self.later = data, device, None
+        self.data, self.device, self.later, self.normaliser = data, device, None, normaliser
         self.parts = {n: torch.from_numpy(data.fields[n]) for n in data.observation_names}
         if normaliser is not None:
             name = "obs" if "obs" in self.parts else "obs/vector"
