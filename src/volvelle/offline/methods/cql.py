@@ -32,6 +32,7 @@ from volvelle.core.trainable import Adam, Optimiser
 
 from ..learner import Offline
 from ..losses import conservative_gap
+from ..policies import repeated
 
 
 @part("conservative-q")
@@ -139,11 +140,6 @@ class CQLAgent(SACAgent):
 
     def report(self, made):
         return super().report(made) | {"gap": self.gap}
-
-
-def repeated(observations, count: int):
-    """Every row `count` times in a row, [S, B * count, ...]."""
-    return {k: repeated(v, count) for k, v in observations.items()} if isinstance(observations, dict) else observations.repeat_interleave(count, 1)
 
 
 class DiscreteAgent:
