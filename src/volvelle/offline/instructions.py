@@ -69,7 +69,7 @@ class PointInstructed(gym.Env):
         super().reset(seed=seed)
         number = int(self.np_random.integers(len(TARGETS)))
         self.instruction, self.target = list(TARGETS.items())[number]
-        self.code, self.place = self.codes[number], self.np_random.uniform(-0.2, 0.2, 2)
+        self.code, self.place = self.codes[number], self.np_random.uniform(-0.9, 0.9, 2)
         return self.seen(), {"success": 0.0}
 
     def step(self, action):
@@ -85,7 +85,7 @@ class Instructed(ControlTask):
     metric: ClassVar[str] = "success"
     info: ClassVar[tuple[str, ...]] = ("success",)
     embedder: TextEmbedder = HashedWords(width=16)
-    time_limit: Annotated[int, Field(gt=0)] = 16
+    time_limit: Annotated[int, Field(gt=0)] = 24
 
     def make(self, render: str | None = None, training: bool = False) -> gym.Env:
         if render is not None:
@@ -122,5 +122,5 @@ class _Follow:
         return np.clip(push + self.rng.normal(0, self.noise, 2), -1, 1).astype(np.float32)
 
 
-preset("instructed-expert", Generated(env=Instructed(), behaviour=Obedient(), quality="expert", steps=2500))
+preset("instructed-expert", Generated(env=Instructed(), behaviour=Obedient(noise=(0.2,)), quality="expert", steps=2500))
 preset("instructed-fumbling", Generated(env=Instructed(), behaviour=Obedient(noise=(0.1, 0.5, 1.0), fumbles=0.2), quality="expert", steps=4000))
