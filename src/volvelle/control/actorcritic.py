@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 from torch import Tensor
 
@@ -39,6 +42,19 @@ class Critics:
 
     def target_values(self, observations: Observation, actions: Tensor | None = None) -> Tensor:
         return self.read(self.target.module(observations, actions))
+
+    @functools.cached_property
+    def leader(self) -> torch.nn.Module:
+        """The first member of every seed's ensemble as a module without gradients, on the same memory: for losses that need no other."""
+        made = copy.deepcopy(self.net.module).requires_grad_(False)
+        for mine, theirs in zip(made.parameters(), self.net.module.parameters(), strict=True):
+            mine.grad, mine.data = None, theirs.data.unflatten(0, (self.seeds, self.members))[:, 0]
+        made.members = 1
+        return made
+
+    def leading(self, observations: Observation, actions: Tensor | None = None) -> Tensor:
+        """Values of the first member, [S, B]; gradients flow to the actions alone."""
+        return self.value.value(self.leader(observations, actions))
 
     def losses(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Loss per member and row [S, members, B] against one target per row [S, B]."""

@@ -12,7 +12,7 @@ from pydantic import Field
 from volvelle.core.errors import UserError
 from volvelle.core.files import directory
 from volvelle.core.parts import Part, part
-from volvelle.core.statistics import mean_interval
+from volvelle.core.statistics import mean_interval, tail
 
 from .encoding import Vocabulary
 from .envs import UNKNOWN_LIMIT, Envs, each, numbers_for, open_env, time_limit
@@ -24,6 +24,7 @@ from .slots import ControlTask
 class Evaluation(Part):
     """episodes per evaluation and seed; explore: act as while training instead of greedily; record: videos kept per evaluation.
 
+    tail: report also the median return, its `tail`-quantile (return_var) and the mean of the returns at or below it (return_cvar).
     Evaluations also report `training_return`: the mean return of the episodes that training finished in the last `training_share` of the run.
     """
 
@@ -32,6 +33,7 @@ class Evaluation(Part):
     explore: bool = False
     record: Annotated[int, Field(ge=0)] = 0
     training_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    tail: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 class Evaluator:
@@ -40,7 +42,7 @@ class Evaluator:
     def __init__(self, task: ControlTask, seeds: int, episodes: int, vocabulary: Vocabulary | None = None, report=lambda line: None):
         copies = min(episodes, 10)
         self.rounds = math.ceil(episodes / copies)
-        self.seeds, self.episodes, self.report = seeds, episodes, report
+        self.seeds, self.episodes, self.report, self.tail = seeds, episodes, report, None
         self.envs = Envs(task, seeds, copies, keys=task.info, vocabulary=vocabulary.copy() if vocabulary is not None else None)
 
     @property
@@ -82,6 +84,9 @@ class Evaluator:
         if seeds == 1 and len(per_seed[0]) > 1:
             interval = mean_interval(per_seed[0][:, 0])
             found |= {"return_low": interval.low, "return_high": interval.high}
+        if self.tail is not None:
+            for name, values in zip(("median", "var", "cvar"), np.array([[np.median(p[:, 0]), *tail(p[:, 0], self.tail)] for p in per_seed]).T):
+                found |= {f"return_{name}": float(values.mean())} | ({f"return_{name}@{s}": float(v) for s, v in enumerate(values)} if seeds > 1 else {})
         found["length"] = float(np.mean([p[:, 1].mean() for p in per_seed]))
         if seeds > 1:
             found |= {f"return@{s}": float(p[:, 0].mean()) for s, p in enumerate(per_seed)} | {f"length@{s}": float(p[:, 1].mean()) for s, p in enumerate(per_seed)}

@@ -81,6 +81,7 @@ class Assessed:
         key = (task, how.episodes)
         if key not in self.evaluators:
             self.evaluators[key] = self.evaluator(task, how.episodes)
+        self.evaluators[key].tail = how.tail
         self.evaluators[key].vocabulary.codes = dict(self.vocabulary.codes)
         policy = self.policy() if self.loaded is None else self.loaded
         found = self.evaluators[key](policy, self.run.seed, self.run.step, how.explore)

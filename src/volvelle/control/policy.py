@@ -78,11 +78,27 @@ class Policy:
         """The memory after the episode in that row has ended."""
         return self.module.forget(memory, row)
 
+    def data(self) -> dict[str, Any]:
+        """Weights, normalisation, vocabulary and the recipe that rebuilds the network, as tensors and plain values."""
+        return {"weights": self.module.weights(), "recipe": to_config(self.recipe), "task": self.task, "spec": self.spec.data(), "seeds": self.seeds,
+                "normaliser": self.normaliser.state_dict() if self.normaliser is not None else None, "vocabulary": list(self.vocabulary.codes)}
+
+    @classmethod
+    def from_data(cls, state: dict[str, Any], name: str) -> Policy:
+        """The policy that `data` describes; `name` is what errors call it."""
+        spec = Spec.from_data(state["spec"])
+        recipe = from_config(Recipe, state["recipe"], "recipe")
+        module = recipe.actor(spec, state["seeds"])
+        module.load_weights(state["weights"], name)
+        normaliser = None
+        if state["normaliser"] is not None:
+            normaliser = ObservationNormaliser(state["seeds"], spec.observations.vector)
+            normaliser.load_state_dict(state["normaliser"])
+        return cls(module, recipe, spec, state["seeds"], normaliser, Vocabulary(state["vocabulary"], closed=True), state["task"])
+
     def save(self, folder: str | Path) -> None:
-        """Weights, normalisation, vocabulary and the recipe that rebuilds the network, as safetensors and JSON."""
-        save_state(Path(folder), {
-            "weights": self.module.weights(), "recipe": to_config(self.recipe), "task": self.task, "spec": self.spec.data(), "seeds": self.seeds,
-            "normaliser": self.normaliser.state_dict() if self.normaliser is not None else None, "vocabulary": list(self.vocabulary.codes)})
+        """Write `data` as safetensors and JSON."""
+        save_state(Path(folder), self.data())
 
     @classmethod
     def load(cls, folder: str | Path, spec: Spec | None = None, where: str = "the task") -> Policy:
@@ -93,17 +109,9 @@ class Policy:
         state = load_state(folder)
         if "recipe" not in state or "spec" not in state:
             raise UserError(f"{folder}: not a policy of the control wing")
-        made_for = Spec.from_data(state["spec"])
         if spec is not None:
-            spec.require(made_for, f"policy {folder}", where)
-        recipe = from_config(Recipe, state["recipe"], "recipe")
-        module = recipe.actor(made_for, state["seeds"])
-        module.load_weights(state["weights"], f"policy {folder}")
-        normaliser = None
-        if state["normaliser"] is not None:
-            normaliser = ObservationNormaliser(state["seeds"], made_for.observations.vector)
-            normaliser.load_state_dict(state["normaliser"])
-        return cls(module, recipe, made_for, state["seeds"], normaliser, Vocabulary(state["vocabulary"], closed=True), state["task"])
+            spec.require(Spec.from_data(state["spec"]), f"policy {folder}", where)
+        return cls.from_data(state, f"policy {folder}")
 
 
 def to_environment(actions: Tensor) -> np.ndarray:

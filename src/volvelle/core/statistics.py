@@ -47,6 +47,13 @@ def mean_interval(x: ArrayLike, level: float = 0.95) -> Interval:
     return _t_interval("mean interval", _array("mean interval", x, 1), level)
 
 
+def tail(x: ArrayLike, share: float = 0.1) -> tuple[float, float]:
+    """(VaR, CVaR) of x [N]: its `share`-quantile, and the mean of what lies at or below it. For returns, so lower is worse."""
+    x = _array("tail", x, 1)
+    quantile = float(np.quantile(x, share))
+    return quantile, float(x[x <= quantile + 1e-12].mean())
+
+
 def paired(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interval:
     """Student-t interval of the mean of a - b, both [S], entry i of both from the same seed; S >= 2.
 

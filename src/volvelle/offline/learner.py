@@ -194,6 +194,8 @@ class OfflineLearner(Assessed):
     def evaluator(self, task: ControlTask, episodes: int) -> Any:
         world = task.world() if isinstance(task, OfflineTask) else task
         if isinstance(world, GoalTask):
+            if self.part.evaluation.tail is not None:
+                raise UserError(f"evaluation.tail: {world.label()} is judged by its share of successes, which has no tail; accepted: none")
             return GoalEvaluator(world, lambda n: world.replace(goal=n), self.part.seeds, episodes, self.vocabulary, self.run.reporter)
         return Evaluator(world, self.part.seeds, episodes, self.vocabulary, self.run.reporter)
 

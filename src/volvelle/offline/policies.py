@@ -41,3 +41,8 @@ class HeadPolicy(Deciding):
         if hasattr(self.head, "to"):
             self.head.to(next(self.parameters()).device)
         return made
+
+
+def repeated(observations, count: int):
+    """Every row `count` times in a row, [S, B * count, ...]."""
+    return {k: repeated(v, count) for k, v in observations.items()} if isinstance(observations, dict) else observations.repeat_interleave(count, 1)

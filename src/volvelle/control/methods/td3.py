@@ -96,6 +96,7 @@ class TD3Agent:
         self.policy = make(run, "actor", self.module, part.actor_optimiser, seeds)
         self.policy_target = run.lagged(self.policy, name="actor-target")
         self.critics = Critics(run, part.network, part.value, part.critic_optimiser, spec.observations, size, 1, seeds, part.critics, None)
+        self.critics.leader  # made here, outside anything compiled
         self.exploring, self.sampling = Streams(run, "exploring", seeds), Streams(run, "sampling", seeds)
         self.size = sum(p.numel() for p in self.module.parameters()) + self.critics.size
         self.losses_of_critics, self.loss_of_actor = compiled(run, self.critic_loss), compiled(run, self.actor_loss)
@@ -126,7 +127,7 @@ class TD3Agent:
 
     def actor_loss(self, batch) -> Tensor:
         """-mean Q_1(s, pi(s)), per seed."""
-        return -self.critics.values(batch["obs"], self.module(batch["obs"]))[:, 0].mean(-1)
+        return -self.critics.leading(batch["obs"], self.module(batch["obs"])).mean(-1)
 
     def update(self, batch):
         part, critics = self.part, self.critics
@@ -136,9 +137,8 @@ class TD3Agent:
         critics.net.backward((losses if weights is None else losses * weights.unsqueeze(1)).mean(-1).sum(-1))
         made = {"losses": losses.detach(), "outputs": outputs, "target": target, "norm": critics.net.step()}
         if critics.net.steps % part.delay == 0:
-            with critics.frozen():
-                made["actor"] = loss = self.loss_of_actor(batch)
-                self.policy.backward(loss)
+            made["actor"] = loss = self.loss_of_actor(batch)
+            self.policy.backward(loss)
             self.policy.step()
             self.policy_target.refresh(part.tau)
             critics.target.refresh(part.tau)

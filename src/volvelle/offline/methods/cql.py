@@ -32,6 +32,7 @@ from volvelle.core.trainable import Adam, Optimiser
 
 from ..learner import Offline
 from ..losses import conservative_gap
+from ..policies import repeated
 
 
 @part("conservative-q")
@@ -39,7 +40,8 @@ class CQL(Offline):
     """weight: of the conservative term; samples: actions of each kind in its logsumexp; temperature: of the logsumexp.
 
     threshold: None, or the gap that the Lagrange multiplier (cut at 1e6) tunes towards. backup_entropy: SAC's entropy in the target. max_target: the
-    best of `samples` policy actions in the target. Discrete actions use network, value, critic_optimiser, tau and weight only.
+    best of `samples` policy actions in the target. importance: values less log densities in the logsumexp; false: the values and the recorded action's,
+    less log of their number. Discrete actions use network, value, critic_optimiser, tau and weight only.
     """
 
     network: Network = MLP(hidden=(256, 256, 256), activation="relu")
@@ -64,6 +66,7 @@ class CQL(Offline):
     weight_optimiser: Optimiser = Adam(lr=3e-4, clip=None)
     backup_entropy: bool = False
     max_target: bool = False
+    importance: bool = True
     epsilon_end: float = 0.0
     dueling: bool = False
 
@@ -126,8 +129,15 @@ class CQLAgent(SACAgent):
             logps.append(logp)
         every = torch.cat([a.unflatten(1, (rows, n)) for a in actions], 2).flatten(1, 2)            # [S, B * 3n, d], row by row
         density = torch.cat([p.unflatten(1, (rows, n)) for p in logps], 2)                          # [S, B, 3n]
-        values = self.critics.values(repeated(batch["obs"], 3 * n), every).unflatten(-1, (rows, 3 * n))
-        return part.temperature * conservative_gap((values - density.unsqueeze(1)) / part.temperature, recorded / part.temperature)
+        values = self.lifted(self.critics.values(repeated(batch["obs"], 3 * n), every).unflatten(-1, (rows, 3 * n)), batch)
+        if part.importance:
+            return part.temperature * conservative_gap((values - density.unsqueeze(1)) / part.temperature, recorded / part.temperature)
+        values = torch.cat([values, recorded.unsqueeze(-1)], -1)
+        return part.temperature * (conservative_gap(values / part.temperature, recorded / part.temperature) - math.log(3 * n + 1))
+
+    def lifted(self, values: Tensor, batch) -> Tensor:
+        """The values [S, members, B, 3n] (uniform actions first) as they are; a calibrated critic lifts them here."""
+        return values
 
     def update_critics(self, batch):
         made = super().update_critics(batch)
@@ -139,11 +149,6 @@ class CQLAgent(SACAgent):
 
     def report(self, made):
         return super().report(made) | {"gap": self.gap}
-
-
-def repeated(observations, count: int):
-    """Every row `count` times in a row, [S, B * count, ...]."""
-    return {k: repeated(v, count) for k, v in observations.items()} if isinstance(observations, dict) else observations.repeat_interleave(count, 1)
 
 
 class DiscreteAgent:

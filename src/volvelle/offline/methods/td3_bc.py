@@ -62,7 +62,7 @@ class TD3BCAgent(TD3Agent):
     def actor_loss(self, batch) -> Tensor:
         """-weight mean Q_1(s, pi(s)) / mean |Q_1(s, pi(s))| + mean (pi(s) - a)^2 (over batch and dimensions, in units of half the range), per seed."""
         actions = self.module(batch["obs"])
-        q = self.critics.values(batch["obs"], actions)[:, 0]
+        q = self.critics.leading(batch["obs"], actions)
         pull = ((actions - batch["actions"]) / self.module.scale).square().mean((-1, -2))
         return self.part.weight * scaled_policy_gradient(q) + pull
 

@@ -1,0 +1,48 @@
+"""volvelle's side of benchmarks/offline.py: one process, one job, one JSON line."""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+job = json.loads(sys.argv[1])
+torch.set_num_threads(job["threads"])
+
+import volvelle  # noqa: E402
+from volvelle.core.trainer import start  # noqa: E402
+from volvelle.core.verbs import configure  # noqa: E402
+
+# d3rlpy's settings, in volvelle's words; the defaults agree in the rest
+SAME = {
+    "iql": ["decay=false", "network.init=torch", "value_network.init=torch"],
+    "td3-bc": [],
+    "cql": ["actor_optimiser.lr=1e-4", "alpha_optimiser.lr=1e-4"],
+}
+
+
+def repeat(function, times: int) -> None:
+    for _ in range(times):
+        function()
+
+
+def speed() -> dict:
+    config = configure(f"offline/{job['method']}", f"offline:{job['folder']}", overrides=[*SAME[job["method"]], f"seeds={job.get('seeds', 1)}"], steps=1000,
+                       compile=job.get("compile", False), device="cpu")
+    made = start(config, Path(tempfile.mkdtemp()))[1]
+    repeat(made.learn, 20)
+    wall, cpu = time.perf_counter(), time.process_time()
+    repeat(made.learn, job["count"])
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {"per_second": job["count"] / wall, "per_cpu_second": job["count"] / cpu}
+
+
+def score() -> dict:
+    made = volvelle.train(f"offline/{job['method']}", task=f"offline:{job['folder']}", steps=1, seed=0, folder=Path(tempfile.mkdtemp()) / "run", device="cpu",
+                          overrides=[*SAME[job["method"]], f"seeds={job['seeds']}", f"period={job['count']}", "evaluation.episodes=20"], checkpoint_every=0)
+    return {"returns": [made.result["metrics"][f"return@{s}"] for s in range(job["seeds"])], "seconds": made.result["seconds"]}
+
+
+print(json.dumps(score() if job["what"] == "score" else speed()))
