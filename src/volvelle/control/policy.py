@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +22,13 @@ from .stacked import Streams
 
 
 class Deciding(nn.Module):
-    """What acts inside a policy: observations [S, N, ...] (normalised) to actions [S, N, ...]."""
+    """What acts inside a policy: observations [S, N, ...] (normalised) to actions [S, N, ...].
+
+    One that `remembers` is asked by recall(observations, memory, streams) -> (actions, memory) instead, with memory None where everything begins;
+    forget(memory, row) -> memory tells that row of S * N begins a new episode.
+    """
+
+    remembers: ClassVar[bool] = False
 
     def best(self, observations: Observation) -> Tensor:
         raise NotImplementedError
@@ -67,7 +73,13 @@ class Policy:
         if self.normaliser is not None:
             observations = self.normaliser(observations)
         tensors = as_tensors(observations, self.module.device)
+        if self.module.remembers:
+            return Act(*self.module.recall(tensors, memory, self.streams))
         return Act(self.module.explore(tensors, self.streams) if explore else self.module.greedy(tensors, self.streams), memory)
+
+    def forget(self, memory: Any, row: int) -> Any:
+        """The memory after row `row` of S * N has begun a new episode."""
+        return self.module.forget(memory, row) if self.module.remembers else memory
 
     def save(self, folder: str | Path) -> None:
         """Weights, normalisation, vocabulary and the recipe that rebuilds the network, as safetensors and JSON."""

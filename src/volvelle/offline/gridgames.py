@@ -122,7 +122,7 @@ class GridGames(ControlTask):
 
     def measure(self, ends):
         """Mean return of every game that was played."""
-        return {f"return/{name}": float(ends["earned"][ends["game"] == i].mean()) for i, name in enumerate(GAMES) if (ends["game"] == i).any()}
+        return {f"{name}_return": float(ends["earned"][ends["game"] == i].mean()) for i, name in enumerate(GAMES) if (ends["game"] == i).any()}
 
 
 # ---------------------------------------------------------------------------------------------- who plays them

@@ -7,6 +7,7 @@ are read. At the action token the reward, the end and the first token of the nex
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -28,6 +29,7 @@ from volvelle.core.trainable import Optimiser, Trainable
 
 from .samplers import BatchSampler, Table
 
+CACHE = "cache" if "cache" in inspect.signature(GPT2Model.forward).parameters else "past_key_values"  # its name until transformers 5.24
 IGNORED = -100  # the label that cross_entropy leaves out
 
 
@@ -212,7 +214,8 @@ class Body(nn.Module):
                  value: ValueHead, q_heads: int, q_hidden: int):
         super().__init__()
         self.tokens, self.steps, self.value = tokens, steps, value
-        config = GPT2Config(vocab_size=1, n_positions=steps * (tokens + 1), n_embd=width, n_layer=layers, n_head=heads, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
+        config = GPT2Config(vocab_size=1, n_positions=steps * (tokens + 1), n_embd=width, n_layer=layers, n_head=heads, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
+                            bos_token_id=None, eos_token_id=None)
         with torch.random.fork_rng():  # the library's own initial weights; `reset` draws those that count
             self.trunk = GPT2Model(config)
             self.trunk.wte = nn.Identity()
@@ -265,7 +268,7 @@ class Body(nn.Module):
 
     def _run(self, x: Tensor, cache: list | None, mask: Tensor, places: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         kept = DynamicCache(cache) if cache else DynamicCache(config=self.trunk.config)
-        out = self.trunk(inputs_embeds=x, past_key_values=kept, attention_mask=mask, position_ids=places, use_cache=True).last_hidden_state
+        out = self.trunk(inputs_embeds=x, attention_mask=mask, position_ids=places, use_cache=True, **{CACHE: kept}).last_hidden_state
         return out, [(layer.keys, layer.values) for layer in kept.layers]
 
     def _q(self, x: Tensor, game: Tensor) -> Tensor:
