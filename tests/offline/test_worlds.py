@@ -93,7 +93,7 @@ class Oracle(torch.nn.Module):
 
 def test_labels_of_the_world():
     """A head that knows the next token at every place gives no loss; the place before an action is never asked."""
-    body, (tokens, actions, game) = body_of(), drawn()
+    body, tokens = body_of(), drawn()[0]
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]]).bool()
     rewards, ended = torch.tensor([[3.0, 0, -0.5, 0]] * 3), torch.zeros(3, L, dtype=torch.bool)
     ended[1, 2] = True

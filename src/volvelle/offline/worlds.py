@@ -214,7 +214,7 @@ class Body(nn.Module):
                  value: ValueHead, q_heads: int, q_hidden: int):
         super().__init__()
         self.tokens, self.steps, self.value = tokens, steps, value
-        config = GPT2Config(vocab_size=1, n_positions=steps * (tokens + 1), n_embd=width, n_layer=layers, n_head=heads, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
+        config = GPT2Config(vocab_size=1, n_positions=steps * (tokens + 1), n_embd=width, n_layer=layers, n_head=heads, activation_function="gelu", resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
                             bos_token_id=None, eos_token_id=None)
         with torch.random.fork_rng():  # the library's own initial weights; `reset` draws those that count
             self.trunk = GPT2Model(config)
@@ -311,9 +311,9 @@ def reward_class(rewards: Tensor) -> Tensor:
 
 
 def reset(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """Draw a module's weights: normal of deviation 0.02 for embeddings and GPT-2's layers (those that end a residual branch smaller by the root of their
-    number), PyTorch's uniform one elsewhere."""
-    branches = sum(name.endswith("c_proj.weight") for name, _ in module.named_parameters())
+    """Draw a module's weights: embeddings and GPT-2's layers normal of deviation 1/sqrt(inputs), those that end a residual branch smaller by the root of
+    the number of layers; PyTorch's uniform one elsewhere. Places of the same token in different steps start alike: a learnt table finds within
+    hundreds of steps what an unordered one needs thousands for, namely that a frame resembles the one before it."""
     with torch.no_grad():
         for name, child in module.named_modules():
             weight, bias = getattr(child, "weight", None), getattr(child, "bias", None)
@@ -324,9 +324,16 @@ def reset(module: nn.Module, generator: torch.Generator) -> nn.Module:
                 weight.uniform_(-bound, bound, generator=generator)
                 bias.uniform_(-bound, bound, generator=generator)
             else:
-                weight.normal_(0, 0.02 / math.sqrt(branches) if name.endswith("c_proj") else 0.02, generator=generator)
+                weight.normal_(0, 1 / math.sqrt(weight.shape[1 if isinstance(child, nn.Embedding) else 0]), generator=generator)
                 if bias is not None:
                     bias.zero_()
+        for body in (m for m in module.modules() if isinstance(m, Body)):
+            for block in body.trunk.h:
+                for layer in (block.attn.c_proj, block.mlp.c_proj):
+                    layer.weight /= math.sqrt(len(body.trunk.h))
+            places = body.trunk.wpe.weight
+            tokens = torch.empty(1, body.tokens + 1, places.shape[1]).normal_(0, 2 / math.sqrt(places.shape[1]), generator=generator)
+            places.copy_((tokens.to(places.device) + places.view(body.steps, 1, body.tokens + 1, -1)[:, :, 0]).flatten(0, 1))
     return module
 
 

@@ -23,7 +23,6 @@ from volvelle.control.learner import Count, NonNegative, Positive
 from volvelle.control.policy import Deciding
 from volvelle.control.stacked import Streams
 from volvelle.control.valueheads import C51, MSE, ValueHead, project
-from volvelle.core.claims import Claim
 from volvelle.core.errors import UserError
 from volvelle.core.parts import method, part
 from volvelle.core.trainable import Adam, AdamW, Optimiser
