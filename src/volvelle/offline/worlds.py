@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import DynamicCache, GPT2Config, GPT2Model
 
 from volvelle.control.learner import Count, NonNegative
 from volvelle.control.spaces import Layout
@@ -29,7 +28,6 @@ from volvelle.core.trainable import Optimiser, Trainable
 
 from .samplers import BatchSampler, Table
 
-CACHE = "cache" if "cache" in inspect.signature(GPT2Model.forward).parameters else "past_key_values"  # its name until transformers 5.24
 IGNORED = -100  # the label that cross_entropy leaves out
 
 
@@ -212,8 +210,11 @@ class Body(nn.Module):
 
     def __init__(self, *, tokens: int, codes: int, games: int, actions: int, steps: int, layers: int, heads: int, width: int, dropout: float,
                  value: ValueHead, q_heads: int, q_hidden: int):
+        from transformers import GPT2Config, GPT2Model  # seconds to import: only where it is used
+
         super().__init__()
         self.tokens, self.steps, self.value = tokens, steps, value
+        self.cache_word = "cache" if "cache" in inspect.signature(GPT2Model.forward).parameters else "past_key_values"  # its name in older versions
         config = GPT2Config(vocab_size=1, n_positions=steps * (tokens + 1), n_embd=width, n_layer=layers, n_head=heads, activation_function="gelu", resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
                             bos_token_id=None, eos_token_id=None)
         with torch.random.fork_rng():  # the library's own initial weights; `reset` draws those that count
@@ -267,8 +268,10 @@ class Body(nn.Module):
     # ---- dreaming, with keys and values kept
 
     def _run(self, x: Tensor, cache: list | None, mask: Tensor, places: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        from transformers import DynamicCache
+
         kept = DynamicCache(cache) if cache else DynamicCache(config=self.trunk.config)
-        out = self.trunk(inputs_embeds=x, attention_mask=mask, position_ids=places, use_cache=True, **{CACHE: kept}).last_hidden_state
+        out = self.trunk(inputs_embeds=x, attention_mask=mask, position_ids=places, use_cache=True, **{self.cache_word: kept}).last_hidden_state
         return out, [(layer.keys, layer.values) for layer in kept.layers]
 
     def _q(self, x: Tensor, game: Tensor) -> Tensor:
