@@ -104,7 +104,7 @@ class Trainable:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, self.part.clip, torch.tensor(norm, device=grads[0].device))
             rise = min(1.0, (self.steps + 1) / self.part.warmup) if self.part.warmup else 1.0
             for group in self.optimiser.param_groups:
-                group["lr"] = at(self.part.lr, self.steps) * rise
+                group["lr"] = at(self.part.lr, self.steps) * rise * group.get("share", 1.0)
             self.optimiser.step()
             self.optimiser.zero_grad(set_to_none=True)
         self.steps += 1

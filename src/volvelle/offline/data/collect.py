@@ -2,7 +2,7 @@
 
 Tasks with rewards (levels in the sense of D4RL, arXiv 2004.07219): "random", "expert" (the behaviour as it is), "medium" (so often random that the
 return lies half-way between the two), "medium-replay" (every episode with its own share of random actions, from medium's to one, as a replay
-buffer would hold), and mixtures of them by share of steps: "expert:0.1+random:0.9", with "medium-expert" for half and half.
+buffer would hold), "mixed" (the same, from a tenth to one), and mixtures of them by share of steps: "expert:0.1+random:0.9", with "medium-expert" for half and half.
 Tasks with goals (OGBench, arXiv 2410.20092): "navigate" and "play" (one goal after the other, noisy), "stitch" (short episodes to near goals), "explore"
 (random directions, strong noise); "random" too.
 """
@@ -25,7 +25,7 @@ from ..behaviours import Behaviour, Walker, random_action
 from ..commands import GoalTask, own_numbers
 from .dataset import Dataset, mix
 
-LEVELS = ("random", "medium", "medium-replay", "expert", "medium-expert")
+LEVELS = ("random", "medium", "medium-replay", "mixed", "expert", "medium-expert")
 GOAL_LEVELS = ("navigate", "play", "stitch", "explore", "random")
 
 
@@ -95,6 +95,8 @@ def _level(task, behaviour, level, steps, rng) -> Dataset:
     choose = lambda: Setting(0.0)  # noqa: E731
     if level == "random":
         choose = lambda: Setting(1.0)  # noqa: E731
+    elif level == "mixed":
+        choose = lambda: Setting(float(rng.uniform(0.1, 1.0)))  # noqa: E731
     elif level != "expert":
         medium = calibrate(task, env, spec, behaviour, rng)
         choose = (lambda: Setting(medium)) if level == "medium" else (lambda: Setting(float(rng.uniform(medium, 1.0))))
@@ -118,9 +120,13 @@ def calibrate(task: ControlTask, env: gym.Env, spec: Spec, behaviour: Behaviour,
 
 
 def play(task: ControlTask, env: gym.Env, spec: Spec, behaviour: Behaviour, choose, steps: int | None, rng: np.random.Generator, episodes: int | None = None) -> Dataset:
-    """Episodes until there are `steps` steps (the last one is cut there) or `episodes` episodes. `choose()` gives every episode's setting."""
+    """Episodes until there are `steps` steps (the last one is cut there) or `episodes` episodes. `choose()` gives every episode's setting.
+
+    A pilot may have random actions of its own (`random(obs)`); else they are uniform over the action space.
+    """
     limit, columns, lengths = time_limit(env), _Columns(spec), []
     pilot = behaviour.pilot(task, env, spec, rng)
+    chance = getattr(pilot, "random", lambda obs: random_action(spec, rng))
     left = steps if steps is not None else np.inf
     scale = (np.array(spec.actions.high) - np.array(spec.actions.low)) / 2 if spec.actions.low and spec.actions.bounded else 1.0
     while left > 0 and (episodes is None or len(lengths) < episodes):
@@ -131,7 +137,7 @@ def play(task: ControlTask, env: gym.Env, spec: Spec, behaviour: Behaviour, choo
             obs, _ = env.reset(seed=int(rng.integers(2**31)))
         over = cut = False
         while not (over or cut):
-            action = random_action(spec, rng) if rng.random() < setting.share else pilot(obs)
+            action = chance(obs) if rng.random() < setting.share else pilot(obs)
             if setting.noise and spec.actions.low:
                 action = np.clip(action + rng.normal(0, setting.noise, np.shape(action)) * scale, spec.actions.low, spec.actions.high).astype(np.float32)
             following, reward, over, cut, _ = env.step(action if np.ndim(action) else int(action))
