@@ -39,10 +39,12 @@ class Evaluation(Part):
 class Evaluator:
     """Plays episodes. Every environment copy plays the same number of them, so that short episodes do not count more often."""
 
+    tail: float | None = None
+
     def __init__(self, task: ControlTask, seeds: int, episodes: int, vocabulary: Vocabulary | None = None, report=lambda line: None):
         copies = min(episodes, 10)
         self.rounds = math.ceil(episodes / copies)
-        self.seeds, self.episodes, self.report, self.tail = seeds, episodes, report, None
+        self.seeds, self.episodes, self.report = seeds, episodes, report
         self.envs = Envs(task, seeds, copies, keys=task.info, vocabulary=vocabulary.copy() if vocabulary is not None else None)
 
     @property
