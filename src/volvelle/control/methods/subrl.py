@@ -29,7 +29,7 @@ from ..networks import MLP
 from ..onpolicy import OnPolicy
 from ..roaming import Roam
 from ..set_walks import Grid, SetWalk
-from ..setfunctions import Blend, Coverage, Information, Items
+from ..setfunctions import Coverage, Information, Items
 from ..targets import discounted_returns
 
 
@@ -98,8 +98,7 @@ deep = SubPO(
     entropy=0.01, optimiser=Adam(lr=1e-2, clip=0.5), evaluation=Evaluation(episodes=20, explore=True))
 
 WALKS = {"coverage": SetWalk(), "bumps": SetWalk(function=Coverage(density="bumps")), "information": SetWalk(function=Information()),
-         "items": SetWalk(world=Grid(7, 15), function=Items(count=8, members=2), noise=0.1), "blend-0.5": SetWalk(function=Blend(share=0.5)),
-         "blend-0.9": SetWalk(function=Blend(share=0.9))}
+         "items": SetWalk(world=Grid(7, 15), function=Items(count=8, members=2), noise=0.1)}
 
 
 def _arm(task, credit="reward-to-go"):
