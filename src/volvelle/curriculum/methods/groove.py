@@ -154,18 +154,16 @@ class _Adversarial:
 
 
 def picture(buffer: LevelBuffer, count: int = 12) -> str:
-    """What the highest scored levels are like, beside the mean of all scored ones."""
+    """What the highest scored levels are like, in deviations from the mean of all scored ones."""
     index = torch.nonzero(~buffer.new)[:, 0]
     index = index[buffer.score[index].argsort(descending=True)]
     levels, score = buffer.levels[index], buffer.score[index]
     owned = levels.owned.double()
     table = torch.stack([score.double(), levels.size.double(), levels.walls.sum(1).double(), owned.sum(1), (levels.reward * owned).amax(1).double(),
                          (levels.reward * owned).amin(1).double(), levels.limit.double()], 1)
-    shown = torch.cat([table[:count], table.mean(0, keepdim=True)])
-    names = [str(i + 1) for i in range(len(shown) - 1)] + ["mean"]
-    scaled = (shown - table.mean(0)) / (table.std(0, unbiased=False) + 1e-9)
-    return heat_map(scaled.numpy(), names, ["score", "side", "walls", "objects", "best reward", "worst reward", "episode"], value="deviations from the mean", centre=0.0,
-                    y="level, by score", title="The levels with the highest scores")
+    scaled = (table[:count] - table.mean(0)) / (table.std(0, unbiased=False) + 1e-9)
+    return heat_map(scaled.numpy(), [str(i + 1) for i in range(len(scaled))], ["score", "side", "walls", "objects", "best reward", "worst reward", "episode"], value="deviations from the mean", centre=0.0,
+                    y="level, by score", title="The levels with the highest scores beside all scored levels")
 
 
 @part("static")
