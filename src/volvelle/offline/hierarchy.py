@@ -180,12 +180,13 @@ class HierarchicalLearner(OfflineLearner):
         if not self.part.diagnose or task is not None or self.evaluated is not None:
             return found
         world = self.run.config.task.world()
-        self.leader = (world.maze, self.part.sampler.steps * world.speed)
-        try:
-            led = super().evaluate(task)
-        finally:
-            self.leader = None
-        found |= {f"oracle_{k}": v for k, v in led.items() if k.startswith("success") and "/" not in k}
+        if self.run.step:  # an untrained low policy follows nobody
+            self.leader = (world.maze, self.part.sampler.steps * world.speed)
+            try:
+                led = super().evaluate(task)
+            finally:
+                self.leader = None
+            found |= {f"oracle_{k}": v for k, v in led.items() if k.startswith("success") and "/" not in k}
         order = self.order(world)
         return found | {"order": float(order.mean())} | ({f"order@{s}": float(v) for s, v in enumerate(order)} if len(order) > 1 else {})
 

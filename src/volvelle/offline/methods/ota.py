@@ -121,14 +121,14 @@ class OTAAgent(HierarchicalAgent):
 # --------------------------------------------------------------------------------------------------------------- recipe and claim
 
 _network = FourierMLP(hidden=(64, 64), activation="gelu", init="fan-avg")
-_small = {"network": _network, "value_network": _network.replace(layer_norm=True), "batch": 128, "period": 1000, "optimiser": Adam(lr=1e-3, clip=None), "tau": 0.05,
-          "evaluation": Evaluation(episodes=6), "diagnose": True}
+_small = {"network": _network, "value_network": _network.replace(layer_norm=True), "batch": 128, "period": 900, "optimiser": Adam(lr=1e-3, clip=None), "tau": 0.05,
+          "evaluation": Evaluation(episodes=3), "diagnose": True}
 
 claim = Claim(
     says="orders the states of long ways where hiql's value does not, so that its high policy names better subgoals",
     arms={"hiql": hiql(**_small, sampler=Subgoals(steps=25)), "ota": OTA(**_small, sampler=Options(steps=25, abstraction=25))},
-    task=Generated(env=Maze(maze="corridor", speed=0.1, noise=0.0125, time_limit=800), behaviour=Walker(), quality="navigate", steps=50_000, length=1000),
-    steps=3, seeds=5, equal="gradient steps", minutes=10, quick={"steps": 1, "seeds": 2},
+    task=Generated(env=Maze(maze="corridor", speed=0.1, noise=0.0125, time_limit=600), behaviour=Walker(), quality="navigate", steps=50_000, length=1000),
+    steps=2, seeds=5, equal="gradient steps", minutes=10, quick={"steps": 1, "seeds": 2},
     expects=("ota > hiql on order", "ota > hiql on success"), run={"checkpoint_every": 1})
 
 ota = method("ota", OTA(), title="option-aware temporally abstracted value", source="arXiv 2505.12737", claim=claim)
