@@ -138,7 +138,7 @@ claim = Claim(
           **{f"total-variation-{v}": small(maximum=TotalVariationMaximum(level=v)) for v in (0.8,)},
           **{f"xql-{v}": small(maximum=Gumbel(beta=v, clip=5.0)) for v in (5.0, 2.0, 0.5)},
           "iql-0.9": iql(**tables, maximum=Expectile(level=0.9))},
-    task=noisy_grid, steps=6, seeds=5, equal="gradient steps", minutes=6,
+    task=noisy_grid, steps=5, seeds=5, equal="gradient steps", minutes=6,
     expects=("chi-square-0.7 > xql-5.0 on success", "chi-square-0.7 > xql-2.0 on success", "chi-square-0.7 > xql-0.5 on success"),
     quick={"steps": 1, "seeds": 2})
 
