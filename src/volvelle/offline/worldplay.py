@@ -84,8 +84,9 @@ class WorldLearner(OfflineLearner):
         return spec
 
     def evaluate(self, task=None):
-        player, planner = self.policy().module if self.loaded is None else self.loaded.module, None
+        player = self.policy().module if self.loaded is None else self.loaded.module
         planner, wanted = player.planner, (self.evaluated if self.evaluated is not None else self.run.config).recipe.planner
+        wanted = wanted if int(player.body.age) else None  # nothing is known of the world before the first step
         try:
             player.planner = wanted
             found = super().evaluate(task)
