@@ -125,7 +125,7 @@ Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # tokens, actions,
 
 
 class Dreams:
-    """The buffer of dreamt segments."""
+    """The buffer of dreamt segments, on the CPU."""
 
     def __init__(self, part: Imagination, streams: Streams):
         self.part, self.streams, self.kept = part, streams, []  # the fields of `Rows`, each [n, ...]
@@ -137,8 +137,8 @@ class Dreams:
         self.add(self.dream(player, data, gamma))
         if not self.kept:
             return data
-        picked = torch.from_numpy(self.streams.integers(len(self.kept[0]), self.part.rows)[0]).to(data[0].device)
-        return tuple(torch.cat([real, made[picked]]) for real, made in zip(data, self.kept))
+        picked = torch.from_numpy(self.streams.integers(len(self.kept[0]), self.part.rows)[0])
+        return tuple(torch.cat([real, made[picked].to(real.device)]) for real, made in zip(data, self.kept))
 
     def dream(self, player: WorldPlayer, data: Rows, gamma: float) -> Rows:
         """The full segments among the first rows, their last `depth` steps replaced by dreamt ones; the last action and reward are copies without a target."""
@@ -160,6 +160,7 @@ class Dreams:
         return torch.cat([tokens[:, :first], dreamt], 1), actions, rewards, torch.zeros_like(ended), mask, game
 
     def add(self, made: Rows) -> None:
+        made = tuple(x.cpu() for x in made)
         if len(made[0]):
             self.kept = [torch.cat([old, new])[-self.part.capacity :] for old, new in zip(self.kept, made)] if self.kept else list(made)
 

@@ -244,5 +244,6 @@ small = JOWA(batch=32, sampler=Segments(length=4, offset=2), tokeniser=Cells(cod
 claim = Claim(says="values learnt together with the world are better than values alone, and looking ahead in that world adds to them",
               arms={"joint": small, "values-only": small(world_steps=0, beta=0.0, planner=None)}, task="grid-games-small", steps=6,
               expects=("joint > values-only on unplanned_return", "joint > 0 on planning_gain"), equal="gradient steps", minutes=6, quick={"steps": 1, "seeds": 2},
-              paper={"arms": {"joint": JOWA(), "values-only": JOWA(world_steps=0, beta=0.0, planner=None)}, "steps": 1750})
+              paper={"arms": {"joint": (full := JOWA(tokeniser=Cells(codes=12))), "values-only": full(world_steps=0, beta=0.0, planner=None)},
+                                                   "task": "grid-games-mixed", "steps": 1750})
 jowa = method("jowa", small, title="world-action model: world and values on one transformer", source="arXiv 2410.00564", claim=claim)
