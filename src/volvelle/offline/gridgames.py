@@ -29,7 +29,7 @@ Cell = tuple[int, int]
 
 
 class GridGame(gym.Env):
-    """coins: +1 for each of three coins, -1 for each of size - 2 rocks, over when the coins are gone. falling: things fall one row a step; +1 for a caught
+    """coins: +1 for each of three coins (two if size is 3), -1 for each of size - 2 rocks, over when the coins are gone. falling: things fall one row a step; +1 for a caught
     fruit, -1 and over for a caught stone. door: +1 for the key, +1 and over for `use` next to the door with it, -1 and over in lava (size - 2 cells).
 
     An illegal action does nothing. games: numbers of the games that are played in turn, starting anywhere; length: steps per episode.
@@ -51,7 +51,7 @@ class GridGame(gym.Env):
         else:
             free = [divmod(int(i), self.size) for i in self.np_random.permutation(self.size**2)]
             self.place = free.pop()
-            for symbol in (COIN,) * 3 + (ROCK,) * (self.size - 2) if self.game == 0 else (KEY, DOOR) + (LAVA,) * (self.size - 2):
+            for symbol in (COIN,) * min(3, self.size - 1) + (ROCK,) * (self.size - 2) if self.game == 0 else (KEY, DOOR) + (LAVA,) * (self.size - 2):
                 self.grid[free.pop()] = symbol
         return self.seen(), self.told()
 
@@ -109,7 +109,7 @@ class GridGames(ControlTask):
     info: ClassVar[tuple[str, ...]] = ("game", "earned")
     legal: ClassVar[tuple[tuple[int, ...], ...]] = LEGAL  # actions that do something, by game
     game: Literal["all", "coins", "falling", "door"] = "all"
-    size: Annotated[int, Field(ge=4, le=16)] = 5
+    size: Annotated[int, Field(ge=3, le=16)] = 5
     length: Annotated[int, Field(gt=0)] = 16
 
     def label(self):
@@ -184,4 +184,4 @@ class _Script:
 
 
 preset("grid-games-mixed", Generated(env=GridGames(), behaviour=GridScript(), quality="mixed", steps=30_000))
-preset("grid-games-small", Generated(env=GridGames(size=4), behaviour=GridScript(), quality="mixed", steps=30_000))
+preset("grid-games-small", Generated(env=GridGames(size=3, length=12), behaviour=GridScript(), quality="mixed", steps=30_000))

@@ -82,8 +82,9 @@ class WorldLearner(OfflineLearner):
         return spec
 
     def evaluate(self, task=None):
-        player, planner = self.policy().module if self.loaded is None else self.loaded.module, None
+        player = self.policy().module if self.loaded is None else self.loaded.module
         planner, wanted = player.planner, (self.evaluated if self.evaluated is not None else self.run.config).recipe.planner
+        wanted = wanted if int(player.body.age) else None  # nothing is known of the world before the first step
         try:
             player.planner = wanted
             found = super().evaluate(task)
@@ -122,7 +123,7 @@ Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # tokens, actions,
 
 
 class Dreams:
-    """The buffer of dreamt segments."""
+    """The buffer of dreamt segments, on the CPU."""
 
     def __init__(self, part: Imagination, streams: Streams):
         self.part, self.streams, self.kept = part, streams, []  # the fields of `Rows`, each [n, ...]
@@ -134,8 +135,8 @@ class Dreams:
         self.add(self.dream(player, data, gamma))
         if not self.kept:
             return data
-        picked = torch.from_numpy(self.streams.integers(len(self.kept[0]), self.part.rows)[0]).to(data[0].device)
-        return tuple(torch.cat([real, made[picked]]) for real, made in zip(data, self.kept))
+        picked = torch.from_numpy(self.streams.integers(len(self.kept[0]), self.part.rows)[0])
+        return tuple(torch.cat([real, made[picked].to(real.device)]) for real, made in zip(data, self.kept))
 
     def dream(self, player: WorldPlayer, data: Rows, gamma: float) -> Rows:
         """The full segments among the first rows, their last `depth` steps replaced by dreamt ones; the last action and reward are copies without a target."""
@@ -157,6 +158,7 @@ class Dreams:
         return torch.cat([tokens[:, :first], dreamt], 1), actions, rewards, torch.zeros_like(ended), mask, game
 
     def add(self, made: Rows) -> None:
+        made = tuple(x.cpu() for x in made)
         if len(made[0]):
             self.kept = [torch.cat([old, new])[-self.part.capacity :] for old, new in zip(self.kept, made)] if self.kept else list(made)
 

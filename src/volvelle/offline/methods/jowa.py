@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from volvelle.control.evaluation import Evaluation
 from volvelle.control.learner import Count, NonNegative, Positive
 from volvelle.control.policy import Deciding
 from volvelle.control.stacked import Streams
 from volvelle.control.valueheads import C51, MSE, ValueHead, project
+from volvelle.core.claims import Claim
 from volvelle.core.errors import UserError
 from volvelle.core.parts import method, part
 from volvelle.core.trainable import Adam, AdamW, Optimiser
@@ -236,7 +238,12 @@ class _Head:
 
 # ---------------------------------------------------------------------------------------------- the miniature
 
-small = JOWA(batch=32, sampler=Segments(length=4, offset=2), tokeniser=Cells(codes=12), layers=2, heads=4, width=64, dropout=0.0, value=C51(low=-2.0, high=4.0, bins=31), q_hidden=128,
-             gamma=0.95, world_steps=300, period=100, target_every=200, autocast=False, world_optimiser=AdamW(lr=2e-3, weight_decay=0.01, warmup=50),
-             optimiser=AdamW(lr=1e-3, weight_decay=0.01, warmup=50), context=2)
-jowa = method("jowa", small, title="world-action model: world and values on one transformer", source="arXiv 2410.00564")
+small = JOWA(batch=32, sampler=Segments(length=4, offset=2), tokeniser=Cells(codes=12), layers=2, heads=2, width=32, dropout=0.0, value=C51(low=-2.0, high=4.0, bins=25, prior=0.0),
+             q_hidden=64, gamma=0.9, world_steps=400, beta=0.5, target_every=25, period=200, autocast=False, planner=Beam(width=3), context=2,
+             world_optimiser=AdamW(lr=5e-3, weight_decay=0.01, warmup=50), optimiser=AdamW(lr=3e-3, weight_decay=0.01, warmup=50), evaluation=Evaluation(episodes=30))
+claim = Claim(says="values learnt together with the world are better than values alone, and looking ahead in that world adds to them",
+              arms={"joint": small, "values-only": small(world_steps=0, beta=0.0, planner=None)}, task="grid-games-small", steps=6,
+              expects=("joint > values-only on unplanned_return", "joint > 0 on planning_gain"), equal="gradient steps", minutes=6, quick={"steps": 1, "seeds": 2},
+              paper={"arms": {"joint": (full := JOWA(tokeniser=Cells(codes=12))), "values-only": full(world_steps=0, beta=0.0, planner=None)},
+                                                   "task": "grid-games-mixed", "steps": 1750})
+jowa = method("jowa", small, title="world-action model: world and values on one transformer", source="arXiv 2410.00564", claim=claim)
