@@ -134,7 +134,7 @@ claim = Claim(
     arms={"recoil": small(sampler=shown()), "recoil-apart": small(sampler=shown(apart=True)), "bc": bc(**shared, optimiser=fast, sampler=shown(alone=True)),
           "discriminator": matched(sampler=shown(merge=False)), "discriminator-apart": matched(sampler=shown(merge=False, apart=True)),
           "discriminator-apart-merged": matched(sampler=shown(apart=True))},
-    task=grid, steps=3, seeds=5, equal="gradient steps", minutes=6,
+    task=grid, steps=6, seeds=5, equal="gradient steps", minutes=6,
     expects=("recoil > bc on success", "recoil-apart > discriminator-apart on success", "recoil-apart >= recoil - 0.1 on success"), quick={"steps": 1, "seeds": 2})
 
 recoil = method("recoil", ReCOIL(), title="imitation by matching mixtures, without rewards or a discriminator", source="arXiv 2302.08560", claim=claim)
