@@ -9,7 +9,9 @@ Pick it where xql diverges, or in place of iql when lambda can be tuned: chi-squ
 (rewards=return-range does it for you). See recoil for imitation, and dual_rl_members for dual-Q and dual-V themselves.
 Source: arXiv 2302.08560. Order V, policy, Q, target, as in the authors' code.
 
-The claim: an 8 x 8 grid, 20,000 uniformly random steps with heavy-tailed rewards, tables for Q, V and policy.
+The claim: an 8 x 8 grid, 20,000 uniformly random steps with heavy-tailed rewards, tables for Q, V and policy. Inconclusive: at its best lambda chi-square
+is as good as XQL at its best temperature, not better; that XQL fails at a small temperature shows. With a third of the noise nothing fails: a
+trial with two seeds gave XQL .86, .98 and 1.00 at temperatures 5, 2 and .5, chi-square .62 and .85 at levels .5 and .7.
 """
 
 from __future__ import annotations
@@ -128,7 +130,7 @@ class FDVLAgent(ImplicitAgent):
 noisy_grid = Generated(env=GridTask(noise=3.0), behaviour=Random(), quality="random", steps=20_000)
 fast = Adam(lr=0.02, clip=None)
 table = Table(features=8)
-tables = {"network": table, "value_network": table, "batch": 256, "period": 500, "gamma": 0.97, "tau": 0.01, "actor_optimiser": fast, "critic_optimiser": fast,
+tables = {"network": table, "value_network": table, "batch": 128, "period": 500, "gamma": 0.97, "tau": 0.01, "actor_optimiser": fast, "critic_optimiser": fast,
           "value_optimiser": fast, "decay": False, "evaluation": Evaluation(episodes=60)}
 small = FDVL(**tables)
 
@@ -138,7 +140,7 @@ claim = Claim(
           **{f"total-variation-{v}": small(maximum=TotalVariationMaximum(level=v)) for v in (0.8,)},
           **{f"xql-{v}": small(maximum=Gumbel(beta=v, clip=5.0)) for v in (5.0, 2.0, 0.5)},
           "iql-0.9": iql(**tables, maximum=Expectile(level=0.9))},
-    task=noisy_grid, steps=8, seeds=5, equal="gradient steps", minutes=6,
+    task=noisy_grid, steps=5, seeds=5, equal="gradient steps", minutes=6,
     expects=("chi-square-0.7 > xql-5.0 on success", "chi-square-0.7 > xql-2.0 on success", "chi-square-0.7 > xql-0.5 on success"),
     quick={"steps": 1, "seeds": 2})
 
