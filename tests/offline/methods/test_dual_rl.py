@@ -96,7 +96,7 @@ def minimum(loss, *shape):
         return value
 
     optimiser.step(closure)
-    return float(loss(x)), x.detach()
+    return float(loss(x).detach()), x.detach()
 
 
 def in_expectation(d, divergence):
