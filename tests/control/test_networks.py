@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from volvelle.control.networks import CNN, MLP, Dueling, Linear, Output, ResNet, SmallCNN, repeat, reset
+from volvelle.control.networks import CNN, MLP, Dueling, FourierMLP, Linear, Output, ResNet, SmallCNN, repeat, reset
 from volvelle.control.spaces import Layout
 from volvelle.control.stacked import Stacked
 from volvelle.core.errors import RunStopped, UserError
@@ -29,7 +29,7 @@ def example(layout, copies=1, batch=5):
     return next(iter(parts.values())) if layout.single else parts
 
 
-@pytest.mark.parametrize("part, layout", [(MLP(), VECTOR), (MLP(layer_norm=True, activation="gelu"), BOTH), (MLP(), GRID), (CNN(), PIXELS),
+@pytest.mark.parametrize("part, layout", [(MLP(), VECTOR), (MLP(layer_norm=True, activation="gelu"), BOTH), (FourierMLP(), VECTOR), (MLP(), GRID), (CNN(), PIXELS),
                                           (SmallCNN(), GRID), (SmallCNN(), BOTH), (ResNet(channels=(4, 8), hidden=(16,)), GRID)])
 def test_a_copy_computes_what_it_would_compute_alone(part, layout):
     stacked = reset(Output(part.build(layout, 3), 3, 2), generators(3))
@@ -57,6 +57,16 @@ def test_orthogonal_initialisation():
 def test_fan_avg_initialisation():
     layer = reset(torch.nn.Sequential(Linear(1, 200, 100, "fan-avg")), generators(1))[0]
     assert float(layer.weight.detach().var()) == pytest.approx(2 / 300, rel=0.05)
+
+
+def test_waves_of_a_fourier_network():
+    body = FourierMLP(hidden=(4,), period=8.0, octaves=2).build(Layout(vector=1), 1)
+    seen = []
+    body.dense.dense.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    body.dense.forward(torch.tensor([[[2.0]]]))
+    quarter = 2 * math.pi * 2.0 / 8                        # a quarter turn, then a half
+    wanted = torch.tensor([[[2.0, math.sin(quarter), math.sin(2 * quarter), math.cos(quarter), math.cos(2 * quarter)]]])
+    assert torch.allclose(seen[0], wanted, atol=1e-6) and body.width == 4
 
 
 def test_dueling_streams_are_identifiable():

@@ -228,9 +228,10 @@ class _Waves(nn.Module):
 
 @part("fourier-mlp")
 class FourierMLP(MLP):
-    """Dense layers that also see every input through sines and cosines, of `period` and its halves: for values that change at once where inputs hardly do,
+    """Dense layers that also see every input through sines and cosines: for values that differ much where inputs hardly do, as on both sides of a wall.
 
-    as on both sides of a wall (arXiv 2206.04672). period: a little more than the range of the inputs; octaves: how many halvings.
+    period: of the longest wave, a little more than the range of the inputs; octaves: how many waves, each half as long as the one before. After
+    arXiv 2206.04672, with fixed frequencies.
     """
 
     period: Annotated[float, Field(gt=0)] = 16.0

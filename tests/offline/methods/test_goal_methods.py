@@ -41,6 +41,14 @@ def agent_of(method, *overrides, task=MAZE):
     return learner.agent, learner.sampler.draw()
 
 
+def lag(agent):
+    """Make the lagged copies differ from their sources."""
+    with torch.no_grad():
+        for target in agent.targets.values():
+            for p in target.module.parameters():
+                p.mul_(1.3)
+
+
 # ---- numbers
 
 def test_implicit_values_by_hand():
@@ -49,6 +57,9 @@ def test_implicit_values_by_hand():
     assert float(implicit_value_loss(values, here, following, torch.tensor([[-1.0]]), torch.ones(1, 1), 0.5, 0.9)) == near(0.1 * 4 + 0.1 * 6.25)
     # at the goal r = 0 and m = 0: A = .5 >= 0, targets 0 whatever follows, so V = 0 there
     assert float(implicit_value_loss(values, here, following, torch.zeros(1, 1), torch.zeros(1, 1), 0.5, 0.9)) == near(0.9)
+    # the smaller head decides the sign: A = -1 + .5 * -2 + 1.75 < 0, where the mean of the heads would say +.25
+    apart, low = torch.tensor([[[-2.0], [0.0]]]), torch.full((1, 2, 1), -1.75)
+    assert float(implicit_value_loss(values, low, apart, torch.tensor([[-1.0]]), torch.ones(1, 1), 0.5, 0.9)) == near(0.1 * 4 + 0.1 * 4)
     zero = torch.zeros(1, 2, 1)
     assert float(implicit_value_loss(zero, here, following, torch.zeros(1, 1), torch.zeros(1, 1), 0.5, 0.9)) == 0
 
@@ -125,6 +136,7 @@ def test_batches_of_two_levels_stay_in_the_trajectory():
 
 def test_gciql_by_hand():
     agent, batch = agent_of("gciql")
+    lag(agent)
     obs, goals, actions = batch["obs"], batch["value_goals"], batch["actions"]
     lagged = agent.targets["critic"].module(together(obs, goals), actions).view(1, 2, 16).amin(1)
     u = lagged - agent.v(obs, goals)

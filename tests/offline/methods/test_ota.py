@@ -110,6 +110,9 @@ def test_batches_hold_options_with_their_goals():
 
 def test_the_high_value_learns_from_lagged_heads_at_the_options_end():
     agent, batch = agent_of()
+    with torch.no_grad():
+        for p in [*agent.targets["value"].module.parameters(), *agent.targets["high_value"].module.parameters()]:
+            p.mul_(1.3)                                      # no longer what they lag behind
     lagged = lambda s: agent.heads(agent.targets["high_value"].module, together(s, agent.module.phi(s, batch["option_goals"])))  # noqa: E731
     here, after = lagged(batch["obs"]), lagged(batch["option_ends"])
     values = agent.value("high_value", batch["obs"], batch["option_goals"])
