@@ -105,7 +105,7 @@ class AWRLearner(BoostedLearner):
         return {k: torch.stack([v[s, rows[s]] for s in range(self.part.seeds)]) for k, v in data.items()} | {"old": torch.zeros(rows.shape)}
 
     def improve(self, batch):
-        part, norm, entropy = self.part, 0.0, 0.0
+        part, norm = self.part, 0.0
         self.entropy_weight = part.entropy if isinstance(part.entropy, float) else torch.tensor(part.entropy.at(self.run.step))
         scale = 1 - self.run.step / self.run.config.steps if part.anneal else 1.0
 
