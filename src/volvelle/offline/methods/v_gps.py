@@ -192,7 +192,7 @@ claim = Claim(
     says="a critic learnt from demonstrations lifts a frozen, fumbling policy, even one learnt from that policy's own data; an untrained critic does not",
     prepare=BC(network=small, head=AroundMean(), period=1500, batch=128), prepare_steps=1, take={"recipe.base.path": "policy"},
     arms={"base": Arm(SMALL(candidates=1, period=1), task=OWN), "v-gps": SMALL, "own-data": Arm(SMALL, task=OWN),
-          "iql": Arm(SMALL(critic=IQL(network=small, value_network=small)), task=OWN), "untrained-critic": SMALL(period=1)},
+          "iql": Arm(SMALL(critic=IQL(network=small, value_network=small), period=3000), task=OWN), "untrained-critic": SMALL(period=1)},
     expects=("v-gps > base + 0.1 on success", "own-data > base + 0.1 on success", "iql > base + 0.1 on success", "v-gps > untrained-critic + 0.1 on success"),
     task="instructed-expert", steps=1, seeds=5, equal="steps", minutes=10)
 v_gps = method("v-gps", VGPS(), title="value-guided policy steering", source="arXiv 2410.13816", claim=claim)
