@@ -8,9 +8,10 @@ sinking below the demonstrations' own returns. The same critic serves every poli
 Pick it when several actions can be sampled per step and they differ. Not for a deterministic policy, nor where all samples are wrong in the same way, nor
 where the critic's data do not cover the scene.
 Source: arXiv 2410.13816; the critic is arXiv 2303.05479. Q - V would pick the same action as Q, so there is no such option. Instructions are numbers behind the
-state (see volvelle.offline.instructions). Critics here
-read actions in the environment's own units; `units` translates for policies that do not, and volvelle.offline.steering.Steering steers policies outside this
-library.
+state (see volvelle.offline.instructions). Critics read actions in the environment's own units; `units` translates for policies that do not, and
+volvelle.offline.steering.Steering steers policies outside this library.
+Measured: the critic from an expert's demonstrations holds the claim; those from the policy's own data lift it, but not surely by the margin asked for. With
+1200 updates instead of 3000 the iql critic made the policy worse.
 """
 
 from __future__ import annotations
