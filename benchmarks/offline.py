@@ -30,7 +30,7 @@ from volvelle.offline.data.files import write_dataset
 
 HERE = Path(__file__).resolve().parent
 SIDES = ("volvelle", "d3rlpy")
-SPEED = {"iql": 600, "td3-bc": 600, "cql": 60}
+SPEED = {"iql": 300, "td3-bc": 300, "cql": 30}
 SCORES = {"iql": 5000, "td3-bc": 5000, "cql": 1000}
 DATA = {
     "speed": ("HalfCheetah-v5", Random(), "random"),

@@ -81,6 +81,16 @@ def test_td3_bc_does_not_depend_on_the_scale_of_q_and_pulls_in_units_of_the_rang
     assert agent.actor_loss(batch).item() == pytest.approx(loss.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_leading_critic_is_the_first_one_and_takes_no_gradient(seeds):
+    agent, batch = agent_of("td3-bc", PENDULUM, f"seeds={seeds}")
+    for _ in range(3):
+        agent.update(batch)
+        assert torch.allclose(agent.critics.leading(batch["obs"], batch["actions"]), agent.critics.values(batch["obs"], batch["actions"])[:, 0], atol=1e-6)
+    agent.actor_loss(batch).sum().backward()
+    assert agent.critics.net.flat.grad.abs().sum() == 0 and agent.policy.flat.grad.abs().sum() > 0
+
+
 def test_iql_regresses_rewards_and_values_and_stops_at_terminations():
     agent, batch = agent_of("iql")
     batch["discounts"] = batch["discounts"].clone()

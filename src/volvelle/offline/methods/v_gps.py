@@ -8,9 +8,10 @@ sinking below the demonstrations' own returns. The same critic serves every poli
 Pick it when several actions can be sampled per step and they differ. Not for a deterministic policy, nor where all samples are wrong in the same way, nor
 where the critic's data do not cover the scene.
 Source: arXiv 2410.13816; the critic is arXiv 2303.05479. Q - V would pick the same action as Q, so there is no such option. Instructions are numbers behind the
-state (see volvelle.offline.instructions). Critics here
-read actions in the environment's own units; `units` translates for policies that do not, and volvelle.offline.steering.Steering steers policies outside this
-library.
+state (see volvelle.offline.instructions). Critics read actions in the environment's own units; `units` translates for policies that do not, and
+volvelle.offline.steering.Steering steers policies outside this library.
+Measured: the critic from an expert's demonstrations holds the claim; those from the policy's own data lift it, but not surely by the margin asked for. With
+1200 updates instead of 3000 the iql critic made the policy worse.
 """
 
 from __future__ import annotations
@@ -186,13 +187,13 @@ class VGPSAgent:
 
 
 small = MLP(hidden=(64, 64), activation="relu")
-SMALL = VGPS(critic=CalQL(network=small, actor_optimiser=Adam(lr=3e-4, clip=None, warmup=200)), batch=128, period=2000, evaluation=Evaluation(episodes=50))
+SMALL = VGPS(critic=CalQL(network=small, actor_optimiser=Adam(lr=3e-4, clip=None, warmup=200)), batch=128, period=1200, evaluation=Evaluation(episodes=50))
 OWN = "instructed-fumbling"  # what the base policy was trained on; the other critics learn from an expert's demonstrations
 claim = Claim(
     says="a critic learnt from demonstrations lifts a frozen, fumbling policy, even one learnt from that policy's own data; an untrained critic does not",
     prepare=BC(network=small, head=AroundMean(), period=1500, batch=128), prepare_steps=1, take={"recipe.base.path": "policy"},
-    arms={"base": Arm(SMALL(candidates=1, period=1), task=OWN), "v-gps": SMALL, "beta-1": SMALL(beta=1.0), "k-50": SMALL(candidates=50), "own-data": Arm(SMALL, task=OWN),
-          "iql": Arm(SMALL(critic=IQL(network=small, value_network=small)), task=OWN), "untrained-critic": SMALL(period=1)},
+    arms={"base": Arm(SMALL(candidates=1, period=1), task=OWN), "v-gps": SMALL, "own-data": Arm(SMALL, task=OWN),
+          "iql": Arm(SMALL(critic=IQL(network=small, value_network=small), period=3000), task=OWN), "untrained-critic": SMALL(period=1)},
     expects=("v-gps > base + 0.1 on success", "own-data > base + 0.1 on success", "iql > base + 0.1 on success", "v-gps > untrained-critic + 0.1 on success"),
     task="instructed-expert", steps=1, seeds=5, equal="steps", minutes=10)
 v_gps = method("v-gps", VGPS(), title="value-guided policy steering", source="arXiv 2410.13816", claim=claim)
