@@ -113,7 +113,7 @@ class GridGames(ControlTask):
     length: Annotated[int, Field(gt=0)] = 16
 
     def label(self):
-        return "grid-games" if self.game == "all" else f"grid-{self.game}"
+        return ("grid-games" if self.game == "all" else f"grid-{self.game}") + (f"-{self.size}x{self.size}" if self.size != 5 else "")
 
     def make(self, render=None, training=False):
         if render is not None:
