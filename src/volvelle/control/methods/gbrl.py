@@ -207,7 +207,7 @@ def _pair(name: str, **options):
 
 claim = Claim(
     says="learns faster than a network from categories, with columns of noise too, and depends less on a cue that always stood beside the goal",
-    arms=_pair("") | _pair("-noise", noise=20), steps=40, seeds=5, equal="environment steps", minutes=10,
+    arms=_pair("") | _pair("-noise", noise=20), steps=40, seeds=10, first_seed=10, equal="environment steps", minutes=14,
     expects=("gbrl > ppo on kept", "gbrl-noise > ppo-noise on kept", "gbrl < ppo on drop"))
 
 gbrl = method("gbrl", reference, title="boosted trees as actor and critic, PPO", source="arXiv 2407.08250", claim=claim)

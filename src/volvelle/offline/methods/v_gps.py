@@ -195,5 +195,5 @@ claim = Claim(
     arms={"base": Arm(SMALL(candidates=1, period=1), task=OWN), "v-gps": SMALL, "own-data": Arm(SMALL, task=OWN),
           "iql": Arm(SMALL(critic=IQL(network=small, value_network=small), period=3000), task=OWN), "untrained-critic": SMALL(period=1)},
     expects=("v-gps > base + 0.1 on success", "own-data > base + 0.1 on success", "iql > base + 0.1 on success", "v-gps > untrained-critic + 0.1 on success"),
-    task="instructed-expert", steps=1, seeds=5, equal="steps", minutes=10)
+    task="instructed-expert", steps=1, seeds=10, first_seed=10, equal="steps", minutes=12)
 v_gps = method("v-gps", VGPS(), title="value-guided policy steering", source="arXiv 2410.13816", claim=claim)
