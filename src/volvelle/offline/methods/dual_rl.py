@@ -130,7 +130,7 @@ class FDVLAgent(ImplicitAgent):
 noisy_grid = Generated(env=GridTask(noise=3.0), behaviour=Random(), quality="random", steps=20_000)
 fast = Adam(lr=0.02, clip=None)
 table = Table(features=8)
-tables = {"network": table, "value_network": table, "batch": 128, "period": 500, "gamma": 0.97, "tau": 0.01, "actor_optimiser": fast, "critic_optimiser": fast,
+tables = {"network": table, "value_network": table, "batch": 256, "period": 500, "gamma": 0.97, "tau": 0.01, "actor_optimiser": fast, "critic_optimiser": fast,
           "value_optimiser": fast, "decay": False, "evaluation": Evaluation(episodes=60)}
 small = FDVL(**tables)
 
@@ -140,7 +140,7 @@ claim = Claim(
           **{f"total-variation-{v}": small(maximum=TotalVariationMaximum(level=v)) for v in (0.8,)},
           **{f"xql-{v}": small(maximum=Gumbel(beta=v, clip=5.0)) for v in (5.0, 2.0, 0.5)},
           "iql-0.9": iql(**tables, maximum=Expectile(level=0.9))},
-    task=noisy_grid, steps=5, seeds=5, equal="gradient steps", minutes=6,
+    task=noisy_grid, steps=8, seeds=5, first_seed=10, equal="gradient steps", minutes=12,
     expects=("chi-square-0.7 > xql-5.0 on success", "chi-square-0.7 > xql-2.0 on success", "chi-square-0.7 > xql-0.5 on success"),
     quick={"steps": 1, "seeds": 2})
 
