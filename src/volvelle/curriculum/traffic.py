@@ -1,7 +1,6 @@
 """A family of traffic lights: one intersection simulated by SUMO, whose demand, speed limits and signal times vary.
 
-As a family: family:volvelle/TrafficSignal-v0?demand=0.3..1.5 with task.worst=0 task.best=120. Your own intersection belongs to the environment, not to the
-context: task.base.kwargs.net=my.net.xml task.base.kwargs.routes=my.rou.xml.
+As a family: family:volvelle/TrafficSignal-v0?demand=0.3..1.5 with task.worst=0 task.best=120, or traffic-signals. Your own: task.base.kwargs.net and .routes.
 """
 
 from __future__ import annotations
@@ -68,12 +67,11 @@ class TrafficSignal(gym.Env):
         if self.demand < 0 or self.speed <= 0 or green < 0 or not 0 < yellow < self._interval:
             raise UserError(f"task {ID}: demand={self.demand:g}, speed={self.speed:g}, green={green}, yellow={yellow}; expected demand >= 0, speed > 0, "
                             f"green >= 0, and yellow from 1 to {self._interval - 1} (below interval={self._interval})")
-        options = f"--seed {seed} --scale {self.demand} --time-to-teleport -1 --waiting-time-memory 1000 --no-warnings --no-step-log".split()
-        options += ["-n", self._net, "-r", self._routes]
+        options = ["-n", self._net, "-r", self._routes]
+        options += f"--seed {seed} --scale {self.demand} --time-to-teleport -1 --waiting-time-memory 1000 --no-warnings --no-step-log".split()
         try:
             if self._sumo is None:
-                port = getFreeSocketPort()
-                process = subprocess.Popen([self._program, *options, "--remote-port", str(port)], stdout=subprocess.DEVNULL)
+                process = subprocess.Popen([self._program, *options, "--remote-port", str(port := getFreeSocketPort())], stdout=subprocess.DEVNULL)
                 with contextlib.redirect_stdout(io.StringIO()):  # it prints every attempt
                     self._sumo = traci.connect(port, 600, proc=process, waitBetweenRetries=0.05)
                 self._end = weakref.finalize(self, lambda: (process.kill(), process.wait()))  # at the end of the program at the latest
@@ -109,6 +107,8 @@ class TrafficSignal(gym.Env):
 
     def close(self):
         if self._sumo is not None:
+            with contextlib.suppress(Exception):  # SUMO may have ended by itself
+                self._sumo.close(False)
             self._end()
             self._sumo = None
 
