@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
-import venv
 from pathlib import Path
 
+from peers import Peer
 from volvelle.core.statistics import mean_interval
 
-HERE = Path(__file__).resolve().parent
+SB3 = Peer("sb3", "_control_volvelle.py", "_control_sb3.py", made="ready-2", installs=(
+    ("torch==2.13.0",),
+    ("stable-baselines3==2.9.2", "gymnasium[classic-control,mujoco]", "mujoco==4.0.0", "mujoco-core==4.0.0", "box2d==2.3.10", "minatar==1.0.15")))
 SPEED = {
     "ppo-cartpole": {"method": "ppo", "env": "CartPole-v1", "count": 16384, "unit": "environment steps"},
     "ppo-halfcheetah": {"method": "ppo", "env": "HalfCheetah-v5", "count": 8192, "unit": "environment steps"},
@@ -48,64 +46,13 @@ SCORES = {
 }
 
 
-def peer_python() -> Path:
-    """The interpreter of Stable-Baselines3's own environment."""
-    home = Path(os.environ.get("VOLVELLE_CACHE") or Path.home() / ".cache" / "volvelle") / "benchmark-sb3"
-    python = home / "bin" / "python"
-    if not (home / "ready-2").exists():
-        venv.create(home, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "torch==2.13.0"], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "stable-baselines3==2.9.2", "gymnasium[classic-control,mujoco]", "mujoco==4.0.0", "mujoco-core==4.0.0",
-                        "box2d==2.3.10", "minatar==1.0.15"], check=True)
-        (home / "ready-2").touch()
-    return python
-
-
-def run(side: str, job: dict) -> dict:
-    program = [sys.executable, str(HERE / "_control_volvelle.py")] if side == "volvelle" else [str(peer_python()), str(HERE / "_control_sb3.py")]
-    env = os.environ | {"OMP_NUM_THREADS": str(job["threads"]), "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run([*program, json.dumps(job)], env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{side} failed on {job}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def speed(name: str, job: dict, rounds: int, threads: list[int]) -> dict:
-    found: dict[tuple[str, int], list[dict]] = {}
-    for n in range(rounds):
-        for count in threads:
-            for side in (("volvelle", "sb3") if n % 2 == 0 else ("sb3", "volvelle")):
-                row = run(side, job | {"what": "speed", "threads": count})
-                found.setdefault((side, count), []).append(row)
-                print(f"{name} round {n + 1}  {side:9} {count} threads  {row['per_second']:9.1f} per second  {row['per_cpu_second']:9.1f} per CPU second", flush=True)
-    best = {}
-    for side in ("volvelle", "sb3"):
-        medians = {t: {k: statistics.median(r[k] for r in found[side, t]) for k in ("per_second", "per_cpu_second")} for t in threads}
-        count = max(medians, key=lambda t: medians[t]["per_second"])
-        best[side] = {"threads": count, **medians[count], "best_per_cpu_second": max(m["per_cpu_second"] for m in medians.values())}
-    ratio = best["volvelle"]["per_second"] / best["sb3"]["per_second"]
-    cpu = best["volvelle"]["best_per_cpu_second"] / best["sb3"]["best_per_cpu_second"]
-    print(f"{name}: {best['volvelle']['per_second']:.0f} against {best['sb3']['per_second']:.0f} {job['unit']} per second: {ratio:.2f}x ({cpu:.2f}x per CPU second)\n", flush=True)
-    return {"best": best, "ratio": ratio, "cpu_ratio": cpu, "runs": [{"side": s, "threads": t, **r} for (s, t), rows in found.items() for r in rows]}
-
-
-def seeds(name: str, job: dict, rounds: int) -> dict:
-    found: dict[int, list[float]] = {1: [], 5: []}
-    for _ in range(rounds):
-        for k in found:
-            found[k].append(1 / run("volvelle", job | {"what": "speed", "threads": 1, "seeds": k})["per_cpu_second"])
-    ratio = statistics.median(found[5]) / statistics.median(found[1])
-    print(f"{name}: five seeds as one model cost {ratio:.2f} times one run (five runs: 5)", flush=True)
-    return {"ratio": ratio}
-
-
 def scores(name: str, job: dict, numbers: int, kept: dict) -> dict:
     """Returns per seed of both sides; what `kept` (an earlier result) holds is taken over."""
     if not kept.get("volvelle"):
-        kept["volvelle"] = run("volvelle", job | {"what": "score", "threads": 1, "seeds": numbers})["returns"]
+        kept["volvelle"] = SB3.run("volvelle", job | {"what": "score", "threads": 1, "seeds": numbers})["returns"]
         print(f"{name} after {job['count']} steps: volvelle {told(kept['volvelle'])}", flush=True)
     if job.get("peer", True) and not kept.get("sb3"):
-        kept["sb3"] = [run("sb3", job | {"what": "score", "threads": 1, "seed": seed})["return"] for seed in range(numbers)]
+        kept["sb3"] = [SB3.run("sb3", job | {"what": "score", "threads": 1, "seed": seed})["return"] for seed in range(numbers)]
         print(f"{name} after {job['count']} steps: sb3 {told(kept['sb3'])}", flush=True)
     return kept | {"method": job["method"], "env": job["env"], "steps": job["count"]}
 
@@ -144,7 +91,7 @@ def main() -> None:
             if part == "scores":
                 made[key] = scores(name, job, args.seeds, made.get(key, {}))
             else:
-                made[key] = speed(name, job, args.rounds, threads) if part == "speed" else seeds(name, job, args.rounds)
+                made[key] = SB3.speed(name, job, job["unit"], args.rounds, threads) if part == "speed" else SB3.seeds(name, job, args.rounds)
             if args.json:
                 args.json.write_text(json.dumps(made, indent=2) + "\n")
     if rows := {k: v for k, v in made.items() if k.startswith("scores/")}:
