@@ -37,6 +37,21 @@ def last_state(folder: Path) -> dict:
     return load_state(checkpoints(Path(folder))[-1])
 
 
+def final_state(folder: Path) -> str:
+    """A digest of everything in the last checkpoint."""
+    return fingerprint(last_state(folder))
+
+
+def stop_at(number: int):
+    """A progress callback that breaks a run off at a step, as a user's Ctrl-C does."""
+
+    def stop(step, steps, metrics):
+        if step == number:
+            raise KeyboardInterrupt
+
+    return stop
+
+
 def same_run(one: Path, other: Path) -> None:
     """Two finished runs are equal: every weight, optimiser moment, part state and random state, every metric and every sample, bit for bit."""
     assert rows(one) == rows(other)

@@ -3,6 +3,7 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+from helpers import stop_at
 import torch
 from gymnasium import spaces
 from toy_envs import Reach, Target
@@ -348,12 +349,8 @@ RESUMED = [("gbrl", [*SMALL, "trees.bins=16", "anneal=true"], lambda: KeyDoorGoa
 def test_a_run_broken_off_ends_bit_for_bit_as_an_unbroken_one(method, overrides, make, tmp_path):
     train(method, make, tmp_path / "whole", overrides, steps=6, strict=True)
 
-    def stop(step, steps, metrics):
-        if step == 5:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(method, make, tmp_path / "broken", overrides, steps=6, progress=stop)
+        train(method, make, tmp_path / "broken", overrides, steps=6, progress=stop_at(5))
     volvelle.train(method, task=make, resume=tmp_path / "broken", overrides=list(overrides), steps=6, checkpoint_every=2, seed=0)
     ends = [fingerprint(load_state(checkpoints(tmp_path / name)[-1])) for name in ("whole", "broken")]
     assert ends[0] == ends[1]

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from helpers import stop_at
 import torch
 from toy_envs import Counter, Reach, Target
 from torch import tensor
@@ -139,12 +140,8 @@ def test_noise_reaches_the_learner_only_and_a_broken_run_goes_on_with_it(tmp_pat
     assert noise.abs().max() <= 3 and noise.std() == pytest.approx(3 / math.sqrt(3), rel=0.1) and not torch.equal(noise[0], noise[1])
     assert whole.result["metrics"]["return"] == whole.result["metrics"]["training_return"] == whole.result["metrics"]["training_return@1"] == 6
 
-    def stop(step, steps, metrics):
-        if step == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        volvelle.train(recipe, task=lambda: Counter(3), folder=tmp_path / "broken", steps=4, seed=0, checkpoint_every=2, progress=stop)
+        volvelle.train(recipe, task=lambda: Counter(3), folder=tmp_path / "broken", steps=4, seed=0, checkpoint_every=2, progress=stop_at(3))
     volvelle.train(recipe, task=lambda: Counter(3), resume=tmp_path / "broken", steps=4, seed=0, checkpoint_every=2)
     states = [fingerprint(load_state(checkpoints(tmp_path / name)[-1])) for name in ("whole", "broken")]
     assert states[0] == states[1]

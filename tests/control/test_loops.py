@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import final_state, stop_at
 import torch
 from toy_envs import Counter, Doubled, Factor, Faulty, Reach, Target, Zoo
 
@@ -18,7 +19,7 @@ from volvelle.control.policy import Policy
 from volvelle.control.watching import watch
 from volvelle.core.errors import RunStopped, UserError
 from volvelle.core.files import read_lines
-from volvelle.core.state import fingerprint, load_state
+from volvelle.core.state import load_state
 from volvelle.core.trainer import checkpoints
 
 SMALL = ["network.hidden=[32]", "evaluation.episodes=20"]
@@ -30,10 +31,6 @@ ON = ["envs=8", "length=16", "epochs=4", "minibatches=2", "anneal=false", "optim
 
 def train(method, task, folder, overrides=(), **options):
     return volvelle.train(method, task=task, folder=folder, overrides=list(overrides), **{"steps": 4, "checkpoint_every": 2, "seed": 0, **options})
-
-
-def final_state(folder):
-    return fingerprint(load_state(checkpoints(folder)[-1]))
 
 
 # ---- learning
@@ -78,12 +75,8 @@ METHODS = [("ppo", [*ON, "normalise_observations=true", "normalise_rewards=true"
 def test_a_run_broken_off_ends_bit_for_bit_as_an_unbroken_one(method, overrides, make, tmp_path):
     train(method, make, tmp_path / "whole", overrides, steps=6, strict=True)
 
-    def stop(step, steps, metrics):
-        if step == 5:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(method, make, tmp_path / "broken", overrides, steps=6, progress=stop)
+        train(method, make, tmp_path / "broken", overrides, steps=6, progress=stop_at(5))
     assert checkpoints(tmp_path / "broken")[-1].name == "step-000004"
     volvelle.train(method, task=make, resume=tmp_path / "broken", overrides=list(overrides), steps=6, checkpoint_every=2, seed=0)
     assert final_state(tmp_path / "whole") == final_state(tmp_path / "broken")

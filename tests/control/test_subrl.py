@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from helpers import stop_at
 import torch
 
 import volvelle
@@ -360,12 +361,8 @@ def test_a_run_broken_off_ends_bit_for_bit_as_an_unbroken_one(method, task, over
     options = {"task": task, "overrides": overrides, "steps": 6, "checkpoint_every": 2, "seed": 0}
     volvelle.train(method, folder=tmp_path / "whole", strict=True, **options)
 
-    def stop(step, steps, metrics):
-        if step == 5:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        volvelle.train(method, folder=tmp_path / "broken", progress=stop, **options)
+        volvelle.train(method, folder=tmp_path / "broken", progress=stop_at(5), **options)
     volvelle.train(resume=tmp_path / "broken")
     ends = [fingerprint(load_state(checkpoints(tmp_path / name)[-1])) for name in ("whole", "broken")]
     assert ends[0] == ends[1]

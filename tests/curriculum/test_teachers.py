@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers import stop_at
 from signposts import SIGNPOST, SMALL
 
 import volvelle
@@ -158,12 +159,8 @@ def test_a_taught_run_draws_from_its_teacher_and_resumes_exactly(tmp_path, teach
     options = {"task": FAMILY, "checkpoint_every": 2, "steps": 4}
     volvelle.train(recipe, folder=tmp_path / "whole", strict=True, **options)
 
-    def stop(step, steps, metrics):
-        if step == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        volvelle.train(recipe, folder=tmp_path / "broken", progress=stop, **options)
+        volvelle.train(recipe, folder=tmp_path / "broken", progress=stop_at(3), **options)
     volvelle.train(recipe, folder=tmp_path / "broken", resume=tmp_path / "broken", **options)
     one, other = (fingerprint(load_state(checkpoints(tmp_path / f)[-1])) for f in ("whole", "broken"))
     assert one == other

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from helpers import final_state, stop_at
 import torch
 
 import volvelle
 from volvelle.control.policy import Policy
 from volvelle.core.errors import RunStopped, UserError
-from volvelle.core.state import fingerprint, load_state
 from volvelle.core.trainer import checkpoints
 from volvelle.offline.behaviours import FromRun, PendulumSwing, Walker
 from volvelle.offline.commands import Maze
@@ -24,10 +24,6 @@ SMALL = ["network.hidden=[32]", "batch=32", "period=20", "evaluation.episodes=2"
 def train(method, task, folder, overrides=(), **options):
     small = [w for w in SMALL if w.partition("=")[0] not in {o.partition("=")[0] for o in overrides}]
     return volvelle.train(method, task=task, folder=folder, overrides=[*small, *overrides], **{"steps": 4, "checkpoint_every": 2, "seed": 0, **options})
-
-
-def final_state(folder):
-    return fingerprint(load_state(checkpoints(folder)[-1]))
 
 
 def test_cloning_the_driver_learns_and_reports_the_normalised_score(tmp_path):
@@ -56,12 +52,8 @@ def test_goals_are_reached_and_every_task_is_reported(tmp_path):
 def test_a_run_broken_off_ends_bit_for_bit_as_an_unbroken_one(method, task, more, tmp_path):
     train(method, task, tmp_path / "whole", more, steps=6, strict=True)
 
-    def stop(step, steps, metrics):
-        if step == 5:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(method, task, tmp_path / "broken", more, steps=6, progress=stop)
+        train(method, task, tmp_path / "broken", more, steps=6, progress=stop_at(5))
     assert checkpoints(tmp_path / "broken")[-1].name == "step-000004"
     volvelle.train(resume=tmp_path / "broken")
     assert final_state(tmp_path / "whole") == final_state(tmp_path / "broken")

@@ -39,12 +39,10 @@ class Evaluation(Part):
 class Evaluator:
     """Plays episodes. Every environment copy plays the same number of them, so that short episodes do not count more often."""
 
-    tail: float | None = None
-
-    def __init__(self, task: ControlTask, seeds: int, episodes: int, vocabulary: Vocabulary | None = None, report=lambda line: None):
-        copies = min(episodes, 10)
+    def __init__(self, task: ControlTask, seeds: int, episodes: int, vocabulary: Vocabulary | None = None, report=lambda line: None, copies: int | None = None):
+        copies = min(episodes, 10) if copies is None else copies
         self.rounds = math.ceil(episodes / copies)
-        self.seeds, self.episodes, self.report = seeds, episodes, report
+        self.seeds, self.report, self.tail = seeds, report, None
         self.envs = Envs(task, seeds, copies, keys=task.info, vocabulary=vocabulary.copy() if vocabulary is not None else None)
 
     @property

@@ -192,8 +192,7 @@ class OverContexts(Evaluator):
     """Plays `episodes` in each of the contexts [N, d] with an actor's best actions; `returns` gives the mean return in each, [N]."""
 
     def __init__(self, family: Family, contexts: np.ndarray, episodes: int = 4, report=lambda line: None):
-        self.rounds, self.seeds, self.episodes, self.report = episodes, 1, episodes, report
-        self.envs = Envs(family, 1, len(contexts))
+        super().__init__(family, 1, episodes * len(contexts), report=report, copies=len(contexts))
         for wrapper, context in zip(varying(self.envs), contexts, strict=True):
             wrapper.fix(context)
 

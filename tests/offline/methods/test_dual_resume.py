@@ -1,6 +1,7 @@
 """The dual methods and smore resume bit for bit, several seeds side by side."""
 
 import pytest
+from helpers import stop_at
 
 import volvelle
 from volvelle.core.state import fingerprint, load_state
@@ -19,13 +20,9 @@ EXPERT = "sampler.expert=pendulum-expert"
     ("dual-rl", PENDULUM, ["random_actions=2", "noise=0.1", "value_updates=2"]), ("recoil", PENDULUM, [EXPERT]), ("dual-q-imitation", PENDULUM, [EXPERT]),
     ("dual-v-imitation", PENDULUM, [EXPERT]), ("smore", MAZE, ["form=discriminator"])], ids=lambda v: v if isinstance(v, str) else None)
 def test_resumes_exactly(method, task, words, tmp_path):
-    def stop(step, steps, metrics):
-        if step == 3:
-            raise KeyboardInterrupt
-
     options = dict(task=task, overrides=[*SMALL, *words], steps=4, checkpoint_every=2)
     volvelle.train(method, folder=tmp_path / "whole", strict=True, **options)
     with pytest.raises(KeyboardInterrupt):
-        volvelle.train(method, folder=tmp_path / "broken", progress=stop, strict=True, **options)
+        volvelle.train(method, folder=tmp_path / "broken", progress=stop_at(3), strict=True, **options)
     volvelle.train(resume=tmp_path / "broken")
     assert fingerprint(load_state(checkpoints(tmp_path / "whole")[-1])) == fingerprint(load_state(checkpoints(tmp_path / "broken")[-1]))

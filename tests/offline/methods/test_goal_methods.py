@@ -6,6 +6,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+from helpers import stop_at
 import torch
 import torch.nn.functional as F
 from offline_data import counting
@@ -269,15 +270,11 @@ def test_discrete_actions_lead_to_the_goal(method, overrides, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_resumes_exactly_and_the_saved_policy_acts_alike(method, tmp_path):
-    def stop(step, steps, metrics):
-        if step == 3:
-            raise KeyboardInterrupt
-
     more = ["width=16"] if method in ("qrl", "crl") else []
     options = dict(task=MAZE, overrides=[*SMALL, "seeds=2", *more], steps=4, checkpoint_every=2)
     whole = volvelle.train(method, folder=tmp_path / "whole", strict=True, **options)
     with pytest.raises(KeyboardInterrupt):
-        volvelle.train(method, folder=tmp_path / "broken", progress=stop, strict=True, **options)
+        volvelle.train(method, folder=tmp_path / "broken", progress=stop_at(3), strict=True, **options)
     volvelle.train(resume=tmp_path / "broken")
     assert fingerprint(load_state(checkpoints(tmp_path / "whole")[-1])) == fingerprint(load_state(checkpoints(tmp_path / "broken")[-1]))
     assert volvelle.evaluate(tmp_path / "whole")["success"] == whole.result["metrics"]["success"]

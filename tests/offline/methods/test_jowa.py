@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import stop_at
 import torch
 
 import volvelle
@@ -259,14 +260,10 @@ def test_it_trains_plays_saves_and_loads_elsewhere(tmp_path):
 @pytest.mark.parametrize("more", [["dropout=0.2", "imagination=imagination", "imagination.after=3", "imagination.rows=4", "q_heads=2", "random_mixture=true"],
                                   ["tokeniser=vq-vae", "tokeniser.codes=8", "tokeniser.width=8", "tokeniser.strides=[2]", "planner=mcts", "world_steps=5"]], ids=["dreams", "vq-vae"])
 def test_resumes_exactly(more, tmp_path):
-    def stop(step, steps, metrics):
-        if step == 3:
-            raise KeyboardInterrupt
-
     options = dict(task=GAMES, overrides=[*[w for w in SMALL if w.partition("=")[0] not in {m.partition("=")[0] for m in more}], *more], steps=4, checkpoint_every=2, device="cpu")
     volvelle.train("jowa", folder=tmp_path / "whole", strict=True, **options)
     with pytest.raises(KeyboardInterrupt):
-        volvelle.train("jowa", folder=tmp_path / "broken", progress=stop, strict=True, **options)
+        volvelle.train("jowa", folder=tmp_path / "broken", progress=stop_at(3), strict=True, **options)
     volvelle.train(resume=tmp_path / "broken")
     assert fingerprint(load_state(checkpoints(tmp_path / "whole")[-1])) == fingerprint(load_state(checkpoints(tmp_path / "broken")[-1]))
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import stop_at
 import torch
 from offline_data import counting
 
@@ -217,14 +218,10 @@ def test_true_subgoals_lead_the_low_policy():
 
 
 def test_resumes_exactly_and_diagnoses(tmp_path):
-    def stop(step, steps, metrics):
-        if step == 3:
-            raise KeyboardInterrupt
-
     options = dict(task=MAZE, overrides=[*SMALL, "seeds=2", "diagnose=true", "sampler.steps=4"], steps=4, checkpoint_every=2)
     whole = volvelle.train("ota", folder=tmp_path / "whole", strict=True, **options)
     with pytest.raises(KeyboardInterrupt):
-        volvelle.train("ota", folder=tmp_path / "broken", progress=stop, strict=True, **options)
+        volvelle.train("ota", folder=tmp_path / "broken", progress=stop_at(3), strict=True, **options)
     volvelle.train(resume=tmp_path / "broken")
     assert fingerprint(load_state(checkpoints(tmp_path / "whole")[-1])) == fingerprint(load_state(checkpoints(tmp_path / "broken")[-1]))
     found = whole.result["metrics"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+from helpers import stop_at
 import torch
 from gymnasium import spaces
 from offline_data import counting
@@ -227,13 +228,9 @@ def test_resumes_exactly(method, tmp_path):
     from volvelle.core.state import fingerprint, load_state
     from volvelle.core.trainer import checkpoints
 
-    def stop(step, steps, metrics):
-        if step == 3:
-            raise KeyboardInterrupt
-
     options = dict(task=PENDULUM, overrides=[*SMALL, "seeds=2"], steps=4, checkpoint_every=2)
     volvelle.train(method, folder=tmp_path / "whole", strict=True, **options)
     with pytest.raises(KeyboardInterrupt):
-        volvelle.train(method, folder=tmp_path / "broken", progress=stop, strict=True, **options)
+        volvelle.train(method, folder=tmp_path / "broken", progress=stop_at(3), strict=True, **options)
     volvelle.train(resume=tmp_path / "broken")
     assert fingerprint(load_state(checkpoints(tmp_path / "whole")[-1])) == fingerprint(load_state(checkpoints(tmp_path / "broken")[-1]))

@@ -3,6 +3,7 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+from helpers import stop_at
 import torch
 
 import volvelle
@@ -118,12 +119,8 @@ def test_every_form_trains_and_resumes_exactly(tmp_path, words):
     options = {"steps": 4, "checkpoint_every": 2, "task": "CartPole-v1" if "time=true" in words else (lambda: Clock())}
     whole = train(tmp_path / "whole", *words, **options, strict=True)
 
-    def stop(step, steps, metrics):
-        if step == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "broken", *words, **options, progress=stop)
+        train(tmp_path / "broken", *words, **options, progress=stop_at(3))
     volvelle.train(sqirl_network.override(*SMALL).override(*words), resume=tmp_path / "broken", folder=tmp_path / "broken", **options)
     one, other = (fingerprint(load_state(checkpoints(tmp_path / f)[-1])) for f in ("whole", "broken"))
     assert one == other and len(whole.learner.module.frozen) == (2 if "explore_share=0.5" in words else 4)
