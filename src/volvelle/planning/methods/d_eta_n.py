@@ -24,21 +24,24 @@ from torch import Tensor
 
 from volvelle.control.buffers import Uniform
 from volvelle.control.envs import Envs, each, numbers_for
+from volvelle.control.evaluation import Evaluation
 from volvelle.control.methods.dqn import QAgent, QLearning, QNetwork
+from volvelle.control.methods.qr_dqn import qr_dqn
 from volvelle.control.networks import MLP
 from volvelle.control.offpolicy import OffPolicyLearner
 from volvelle.control.policy import as_tensors
 from volvelle.control.slots import Relabel
 from volvelle.control.stacked import Streams
 from volvelle.control.valueheads import Quantile, ValueHead
+from volvelle.core.claims import Arm, Claim
 from volvelle.core.errors import UserError
 from volvelle.core.parts import method, part
 from volvelle.core.trainable import Adam
 
 from ..functionals import ExpectedUtility, require_conditions
-from ..objectives import Cvar, ReturnObjective, Target
+from ..objectives import Cvar, ReturnObjective, Shortfall, Target
 from ..stock import next_stock
-from .played import Stock
+from .played import Played, Stock
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -104,7 +107,7 @@ class DEtaN(QLearning):
 
     def validate(self, task=None):
         super().validate(task)
-        if not isinstance(task, Stock):
+        if not isinstance(task, Stock) or not task.shown:
             raise UserError(f"d-eta-n: task {task.label()} shows no stock; accepted: stock:..., for example stock:{task.label()}")
         if task.discount != self.gamma:
             raise UserError(f"task.discount={task.discount}: the stock must be discounted as the learner does; expected gamma={self.gamma}")
@@ -177,7 +180,17 @@ class StockLearner(OffPolicyLearner):
         return super().evaluate(task.replace(starts=(start,))) | {"start_stock": start}
 
 
-d_eta_n = method("d-eta-n", DEtaN(
+shared: dict[str, Any] = dict(
     period=500, warmup=500, every=1, replay=Uniform(capacity=20_000, batch=64), copy_every=500, gamma=1.0, epsilon_end=0.1, network=MLP(hidden=(64, 64), activation="relu"),
-    optimiser=Adam(lr=5e-4, clip=None), relabels={"stock": Restock()}),
-    title="Optimise a functional of the return distribution, by deep Q-learning with the stock", source="arXiv 2501.13028")
+    optimiser=Adam(lr=5e-4, clip=None), value=Quantile(quantiles=32))
+recipe = DEtaN(**shared, relabels={"stock": Restock()})
+requests = Stock(base=Played(), low=-10.0, high=5.0, starts=tuple(range(-10, 1)))  # eleven requested returns, 10 to 0, on one grid of lotteries
+judged: dict[str, Any] = dict(evaluation=Evaluation(episodes=550))
+claim = Claim(
+    says="one network that sees the stock brings about whichever of eleven returns is requested (f = -|x|), or keeps above it (f = min(x, 0)); a network of the "
+         "same quantiles without a stock does one thing for all",
+    arms={"target": recipe(**judged), "shortfall": recipe(objective=Shortfall(), **judged), "qr-dqn": Arm(qr_dqn(**shared, **judged), task=requests.replace(shown=False))},
+    task=requests, steps=30, seeds=5, equal="environment steps", minutes=8, quick={"steps": 2, "seeds": 2}, run={"checkpoint_every": 0},
+    expects=("target < 1 on miss", "qr-dqn > 5 on miss", "target < qr-dqn on miss", "shortfall > qr-dqn on shortfall"))
+
+d_eta_n = method("d-eta-n", recipe, title="Optimise a functional of the return distribution, by deep Q-learning with the stock", source="arXiv 2501.13028", claim=claim)

@@ -79,7 +79,7 @@ class Stock(ControlTask):
 
     low, high: while training, every episode draws its start stock from there. starts: start stocks of evaluation, drawn evenly (empty: from low to high).
     discount: that of the learner. taus: which CVaRs of the discounted return G evaluation reports, beside miss = mean |c_0 + G|, shortfall = mean min(c_0 + G, 0),
-    surplus and above = share of c_0 + G >= 0.
+    surplus and above = share of c_0 + G >= 0. shown: false leaves the observation as it is and only measures, for learners without a stock to be held against.
     """
 
     info: ClassVar[tuple[str, ...]] = ("start_stock", "total")
@@ -89,6 +89,7 @@ class Stock(ControlTask):
     starts: tuple[float, ...] = ()
     discount: Annotated[float, Field(gt=0, le=1)] = 1.0
     taus: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.1, 0.25, 0.5)
+    shown: bool = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -126,9 +127,12 @@ class WithStock(gym.Wrapper):
         space = env.observation_space
         parts = dict(space.spaces) if isinstance(space, gym.spaces.Dict) else {"observation": space}
         self.several = isinstance(space, gym.spaces.Dict)
-        self.observation_space = gym.spaces.Dict({**parts, "~stock": box})  # the last of all names: the last number of the vector
+        if task.shown:
+            self.observation_space = gym.spaces.Dict({**parts, "~stock": box})  # the last of all names: the last number of the vector
 
     def seen(self, observation):
+        if not self.task.shown:
+            return observation
         parts = dict(observation) if self.several else {"observation": observation}
         return {**parts, "~stock": np.array([self.stock], np.float32)}
 
