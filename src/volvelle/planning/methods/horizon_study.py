@@ -34,13 +34,13 @@ from volvelle.core.trainable import Adam
 from volvelle.core.trainer import start
 
 from ..horizons import analyse, approximate_k
-from ..lookahead import optimal_q
 from ..mdp import MDP
 from ..sampling import TabularSampler, expected_returns
 from ..small_problems import SmallProblems, problems
 from ..tables import Tables
 from ..tasks import Share, TabularTask
 from .played import Played
+from .sqirl_tables import near_optimal, sqirl_steps
 
 Count = Annotated[int, Field(gt=0)]
 NEVER = 2  # steps of a learner that did not get there, in budgets: behind all that did
@@ -73,43 +73,6 @@ class HorizonStudy(Recipe):
 
 
 # ---- the learners: environment steps until there, inf if not within the budget ---------------------------------------------------------
-def shared_sqirl(mdp: MDP, depth: int, episodes: int, budget: int, rng: np.random.Generator) -> tuple[list[np.ndarray], int]:
-    """(one Q [S, A] per time step, steps; cut short above `budget`): the practical form of SQIRL by tables instead of a network.
-
-    Iteration i plays `episodes` episodes, at random from step i on, and stores what was random. Head 1 is the mean stored return of a (state, action), head j the
-    mean of r + discount max_a Q_{j-1}(s', a); both over all that is stored and all time steps. Pairs without data count as the mean.
-    """
-    sampler, A, rows, frozen, steps = TabularSampler(mdp), mdp.actions, [], [], 0
-    while len(frozen) < mdp.horizon and steps <= budget:
-        i = len(frozen)
-        data = sampler(episodes, lambda t, s: frozen[t][s].argmax(-1) if t < i else rng.integers(A, size=len(s)), rng)
-        steps += data.steps
-        episode, t = np.nonzero(data.alive & (np.arange(mdp.horizon) >= i))
-        after = data.observations[episode, t + 1]
-        rows.append(np.stack([data.observations[episode, t] * A + data.actions[episode, t], after, (t == mdp.horizon - 1) | mdp.absorbing[after],
-                              data.rewards[episode, t], data.returns_to_go(mdp.discount)[episode, t]]))
-        cells, following, ended, rewards, targets = np.concatenate(rows, 1)
-        cells, following = cells.astype(int), following.astype(int)
-        count = np.bincount(cells, minlength=mdp.states * A)
-        for head in range(depth):
-            targets = targets if head == 0 else rewards + mdp.discount * np.where(ended > 0, 0.0, q[following].max(-1))
-            q = np.where(count > 0, np.bincount(cells, targets, mdp.states * A) / np.maximum(count, 1), targets.mean() if len(targets) else 0.0).reshape(-1, A)
-        frozen.append(q)
-    return frozen, steps
-
-
-def sqirl_steps(mdp: MDP, depth: int, goal: float, budget: int, rng: np.random.Generator) -> float:
-    """Of the first whole run, m = 1, 2, 4, ... episodes per time step, whose policy returns `goal`."""
-    m = 1
-    while True:
-        frozen, steps = shared_sqirl(mdp, depth, m, budget, rng)
-        if steps > budget:
-            return np.inf
-        if expected_returns(mdp, lambda t, s: frozen[t][s].argmax(-1)[None])[0] >= goal:
-            return float(steps)
-        m *= 2
-
-
 def q_learning_steps(mdp: MDP, goal: float, budget: int, rng: np.random.Generator, batch: int = 8, epsilon: float = 0.2, gamma: float = 0.99) -> float:
     sampler, A = TabularSampler(mdp), mdp.actions
     q, visits, steps, due = np.zeros(mdp.states * A), np.zeros(mdp.states * A), 0, 1
@@ -179,8 +142,7 @@ class _Live:
         name = list(self.tasks)[i]
         task = self.tasks[name]
         mdp, seeds = task.mdp(), range(self.run.seed, self.run.seed + part.seeds)
-        best, found = float(mdp.initial @ optimal_q(mdp)[0].max(-1)), analyse(mdp)
-        goal = best - (1 - part.share) * abs(best) - 1e-9
+        found, goal = analyse(mdp), near_optimal(mdp, part.share)
         rng = lambda learner, s: self.run.rng(f"{name}/{learner}", s)  # noqa: E731
         rows = [[sqirl_steps(mdp, k, goal, part.budget, rng(f"sqirl-{k}", s)) for s in seeds] for k in part.depths]
         rows.append([q_learning_steps(mdp, goal, part.budget, rng("q", s), part.batch, part.epsilon, part.gamma) for s in seeds])
