@@ -59,12 +59,14 @@ class HorizonStudy(Recipe):
     batch: Count = 8
     epsilon: Share = 0.2
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.99
-    learner: ControlRecipe = ppo(envs=8, length=64, minibatches=2, advantage=GAE(lam=0.95), optimiser=Adam(lr=1e-3, eps=1e-5, clip=0.5), normalise_rewards=True)
+    learner: Recipe = ppo(envs=8, length=64, minibatches=2, advantage=GAE(lam=0.95), optimiser=Adam(lr=1e-3, eps=1e-5, clip=0.5), normalise_rewards=True)
 
     def validate(self, task=None):
         super().validate(task)
         if not isinstance(task, SmallProblems):
             raise UserError(f"horizon-study: task {task.label() if task else None} is one problem or none; accepted: small-problems")
+        if not isinstance(self.learner, ControlRecipe):
+            raise UserError(f"learner={self.learner.part_name}: does not act in environments; accepted: a recipe of the control wing such as control/ppo")
         if self.learner.seeds != 1:
             raise UserError(f"learner.seeds={self.learner.seeds}: the study's own seeds are used; expected 1")
 
