@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Literal
 
 import gymnasium as gym
@@ -65,7 +66,13 @@ class Played(ControlTask):
         return f"played-{self.base.label()}"
 
     def make(self, render=None, training=False):
-        return MdpEnv(self.base.mdp(self.instance))
+        return MdpEnv(_table(self.base, self.instance))
+
+
+@lru_cache(maxsize=8)
+def _table(base: TabularTask, instance: int) -> MDP:
+    """Built once for the many copies that a learner makes: some tables are enumerated. Tasks from files are read again once they have left the cache."""
+    return base.mdp(instance)
 
 
 @task_reader("played")
