@@ -17,7 +17,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from volvelle import cli_control, cli_language, cli_offline  # noqa: E402
+from volvelle import cli_control, cli_language, cli_offline, cli_planning  # noqa: E402
 from volvelle.core import processes, verbs  # noqa: E402
 from volvelle.core.errors import RunStopped, UserError  # noqa: E402
 
@@ -317,6 +317,7 @@ def doctor(as_json: Json = False) -> None:
 cli_language.register(app, progress, out)
 cli_control.register(app, out)
 cli_offline.register(app, out)
+cli_planning.register(app, out)
 
 
 def main() -> None:

@@ -93,3 +93,20 @@ class EnvironmentSampler:
                     break
             observations.append(np.stack(seen + [seen[-1]] * (self.horizon + 1 - len(seen))))
         return Episodes(np.stack(observations), actions, rewards, alive)
+
+
+def expected_returns(mdp: MDP, act: Callable, seeds: int = 1) -> np.ndarray:
+    """[seeds]: exact discounted returns of deterministic policies side by side, of a problem with a horizon and a scalar reward.
+
+    act(t, states [n]) returns actions [seeds, n]; it is asked only for states that some of the policies can meet at step t.
+    """
+    mass, total, weight, reward = np.tile(mdp.initial, (seeds, 1)), np.zeros(seeds), 1.0, mdp.expected_reward.ravel()
+    for t in range(mdp.horizon):
+        states = np.flatnonzero((mass > 0).any(0) & ~mdp.absorbing)
+        if not len(states):
+            break
+        rows, here = states * mdp.actions + np.asarray(act(t, states)), mass[:, states]
+        total += weight * (here * reward[rows]).sum(1)
+        mass = np.stack([mdp.transition[r].T @ h for r, h in zip(rows, here)])
+        weight *= mdp.discount
+    return total

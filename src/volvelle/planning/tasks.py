@@ -16,7 +16,7 @@ from volvelle.core.tasks import Task, task_reader
 
 from .lookahead import sticky
 from .mdp import MDP
-from .worlds import enumerate_states, grid_world
+from .worlds import enumerate_minigrid, enumerate_states, grid_world, random_mdp
 
 Steps = Annotated[int, Field(gt=0)]
 Discount = Annotated[float, Field(gt=0, le=1)]
@@ -35,16 +35,28 @@ class TabularTask(Task):
 
 @part("toy-text")
 class ToyText(TabularTask):
-    """A Gymnasium toy-text environment by its transition table; `repeat` is the probability that an action sticks."""
+    """A Gymnasium toy-text environment by its transition table, or a MiniGrid one by enumeration; `repeat` is the probability that an action sticks.
+
+    options: of the environment (toy-text); actions: those allowed (empty: all), layout: which drawing of its grid (MiniGrid).
+    """
 
     env: str = "FrozenLake-v1"
     horizon: Steps = 20
     discount: Discount = 1.0
     repeat: Share = 0.0
     options: dict[str, Any] = field(default_factory=dict)
+    actions: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    layout: Annotated[int, Field(ge=0)] = 0
 
     def mdp(self, seed=0):
-        mdp = MDP.from_gymnasium(self.env, self.horizon, self.discount, **self.options)
+        if self.env.startswith(("MiniGrid-", "BabyAI-")):
+            if self.options:
+                raise UserError(f"task.options={self.options}: MiniGrid environments take actions and layout")
+            mdp, _ = enumerate_minigrid(self.env, self.horizon, self.discount, self.actions, self.layout)
+        elif self.actions or self.layout:
+            raise UserError(f"task.env={self.env}: actions and layout are for MiniGrid environments")
+        else:
+            mdp = MDP.from_gymnasium(self.env, self.horizon, self.discount, **self.options)
         return sticky(mdp, self.repeat) if self.repeat else mdp
 
     def label(self):
@@ -53,7 +65,7 @@ class ToyText(TabularTask):
 
 @task_reader("table")
 def _toy_text(name: str) -> ToyText:
-    """A Gymnasium toy-text environment, planned for through its transition table: table:FrozenLake-v1."""
+    """A Gymnasium toy-text or MiniGrid environment, planned for through its transition table: table:FrozenLake-v1, table:MiniGrid-Empty-5x5-v0."""
     return ToyText(env=name)
 
 
@@ -126,15 +138,16 @@ class TwoResources(TabularTask):
 
 @part("lock")
 class Lock(TabularTask):
-    """A combination lock: one of two actions goes on, the other ends the episode; only the last step pays."""
+    """A combination lock: one of two actions goes on, the other ends the episode; only the last step pays, and `bait` is paid for giving up at once."""
 
     length: Steps = 5
     repeat: Share = 0.0
+    bait: float = 0.0
 
     def mdp(self, seed=0):
         right = np.random.default_rng(seed).integers(2, size=self.length)
-        mdp, _ = enumerate_states(0, 2, lambda s, a: (s + 1, float(s == self.length - 1), s == self.length - 1) if a == right[s] else (0, 0.0, True),
-                                  horizon=self.length)
+        mdp, _ = enumerate_states(0, 2, lambda s, a: (s + 1, float(s == self.length - 1), s == self.length - 1) if a == right[s] else
+                                  (0, self.bait * (s == 0), True), horizon=self.length)
         return sticky(mdp, self.repeat) if self.repeat else mdp
 
 
@@ -147,3 +160,49 @@ class Trap(TabularTask):
     def mdp(self, seed=0):
         way = [(self.chance, 1, 0.0, False), (1 - self.chance, 0, 0.0, True)]
         return MDP.from_successors([[[(1.0, 0, 0.4, True)], way], [[(1.0, 0, 1.0, True)], [(1.0, 0, -0.5, True)]]], horizon=2)
+
+
+@part("random-table")
+class RandomTable(TabularTask):
+    """Transitions and rewards drawn at random, every row with a few successors: another table for every instance."""
+
+    instance: Annotated[int, Field(ge=0)] = 0
+    states: Steps = 10
+    actions: Steps = 3
+    successors: Steps = 2
+    horizon: Steps = 10
+
+    def mdp(self, seed=0):
+        return random_mdp(np.random.default_rng(self.instance), self.states, self.actions, self.successors, (0.0, 0.0, 0.0, 1.0), self.horizon)
+
+
+@part("text-grid")
+class TextGrid(TabularTask):
+    """A grid drawn in text: '#' wall, 'S' start, 'G' the goal, which pays 1 and ends the episode; the default is four small rooms."""
+
+    rows: tuple[str, ...] = ("S..#...", "...#...", ".......", "#.###.#", "...#...", ".......", "...#..G")
+    slip: Share = 0.0
+    horizon: Steps = 30
+    discount: Discount = 1.0
+
+    def mdp(self, seed=0):
+        return grid_world(self.rows, slip=self.slip, horizon=self.horizon, discount=self.discount)[0]
+
+
+@part("sticky")
+class Sticky(TabularTask):
+    """Another tabular task with actions that stick: after the first step the action executed last is executed again with probability `repeat`."""
+
+    base: Task = Lock()
+    repeat: Share = 0.25
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.base, TabularTask):
+            raise UserError(f"task.base={self.base.label()}: expected a tabular task such as table:FrozenLake-v1")
+
+    def label(self):
+        return f"sticky-{self.base.label()}"
+
+    def mdp(self, seed=0):
+        return sticky(self.base.mdp(seed), self.repeat)

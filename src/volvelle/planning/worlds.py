@@ -74,11 +74,12 @@ def grid_world(rows: Sequence[str], rewards: dict = {"G": 1.0}, ends: str = "G",
     return enumerate_states(starts, 4, step, horizon, discount)
 
 
-def enumerate_environment(env, key: Callable, horizon=None, discount=1.0, seed: int = 0, max_states: int = 20_000) -> tuple[MDP, list]:
+def enumerate_environment(env, key: Callable, horizon=None, discount=1.0, seed: int = 0, max_states: int = 20_000,
+                          action: Callable = int) -> tuple[MDP, list]:
     """A deterministic Gymnasium environment, enumerated by stepping deep copies of it.
 
     key(env) names the state (everything that decides what happens next, except the clock). Time-limit truncation is not an outcome: the
-    horizon of the MDP takes its place. Returns (mdp, keys in index order).
+    horizon of the MDP takes its place. action(i): what to give the environment for the i-th action. Returns (mdp, keys in index order).
     """
     base = env.unwrapped
     if not hasattr(base.action_space, "n"):
@@ -86,14 +87,43 @@ def enumerate_environment(env, key: Callable, horizon=None, discount=1.0, seed: 
     base.reset(seed=seed)
     copies = {key(base): copy.deepcopy(base)}
 
-    def step(state, action):
+    def step(state, number):
         env = copy.deepcopy(copies[state])
-        _, reward, ended, _, _ = env.step(int(action) + int(getattr(base.action_space, "start", 0)))
+        _, reward, ended, _, _ = env.step(action(number) + int(getattr(base.action_space, "start", 0)))
         following = key(env)
         copies.setdefault(following, env)
         return following, float(reward), bool(ended)
 
     return enumerate_states(key(base), int(base.action_space.n), step, horizon, discount, max_states)
+
+
+def enumerate_minigrid(env: str, horizon=None, discount=1.0, actions: Sequence[int] = (), layout: int = 0, max_states: int = 20_000) -> tuple[MDP, list]:
+    """A MiniGrid environment: the agent's place and direction, what it carries, and the grid. `layout` seeds it; actions: those allowed (empty: all).
+
+    Its rewards shrink with the step count, which is no part of the state: here success pays 1 (and failure, where there is a price, -1). UserError for an
+    environment that draws at random as it goes, and for actions that it does not have.
+    """
+    import gymnasium
+    try:
+        import minigrid  # noqa: F401  (registers its environments)
+        base = gymnasium.make(env).unwrapped
+    except (ImportError, gymnasium.error.Error) as error:
+        raise UserError(f"environment {env!r} cannot be made: {error}") from None
+    n = int(base.action_space.n)
+    if not set(actions) <= set(range(n)):
+        raise UserError(f"actions {list(actions)}: {env} has 0 to {n - 1}")
+    base.reset(seed=layout)
+    drawn = base.np_random.bit_generator.state
+
+    def key(env):
+        if env.np_random.bit_generator.state != drawn:
+            raise UserError(f"environment {base.spec.id!r} draws at random as it goes: it cannot be enumerated by stepping copies")
+        held = env.carrying
+        return (*map(int, env.agent_pos), int(env.agent_dir), None if held is None else held.encode(), env.grid.encode().tobytes())
+
+    base.action_space = gymnasium.spaces.Discrete(len(actions) or n)
+    mdp, keys = enumerate_environment(base, key, horizon, discount, layout, max_states, (lambda a: actions[a]) if actions else int)
+    return mdp.with_(reward=np.sign(mdp.reward)), keys
 
 
 def random_mdp(rng: np.random.Generator, states: int, actions: int, successors: int = 2, rewards: Sequence[float] = (-1.0, 0.0, 1.0, 2.0),

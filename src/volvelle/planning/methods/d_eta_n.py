@@ -8,8 +8,9 @@ q_i(s, c, a). Acting, and the choice of the next action in the target, maximise 
 
 The loss is quantile regression as in QR-DQN; f stands nowhere in it. Dynamics and rewards do not depend on c, so a transition teaches for any other stock
 too: a share of every batch gets stocks drawn afresh. One network then serves all start stocks, that is all targets or budgets.
-Pick it for risk, targets or thresholds with discrete actions when the start stock can be chosen. Not for the plain mean (use qr-dqn), nor for several reward
-components: quantiles are of one number (the tables of distributional-dp take vectors).
+Several reward components (homeostasis, a cost budget): the quantiles are those of every component by itself, and the loss is summed over them. The law of one
+component is all that a utility needs which is a sum over components, f(x) = sum_i f_i(x_i); others are refused (the tables of distributional-dp take them).
+Pick it for risk, targets or thresholds with discrete actions when the start stock can be chosen. Not for the plain mean (use qr-dqn).
 CVaR is reached through the start stock that looks best at the start of an episode once the network is learnt: evaluation plays from there.
 """
 
@@ -24,35 +25,45 @@ from torch import Tensor
 
 from volvelle.control.buffers import Uniform
 from volvelle.control.envs import Envs, each, numbers_for
-from volvelle.control.methods.dqn import QAgent, QLearning, QNetwork
+from volvelle.control.evaluation import Evaluation
+from volvelle.control.methods.dqn import QAgent, QLearning, QNetwork, dqn
+from volvelle.control.methods.qr_dqn import qr_dqn
 from volvelle.control.networks import MLP
 from volvelle.control.offpolicy import OffPolicyLearner
 from volvelle.control.policy import as_tensors
 from volvelle.control.slots import Relabel
 from volvelle.control.stacked import Streams
 from volvelle.control.valueheads import Quantile, ValueHead
+from volvelle.core.claims import Arm, Claim
 from volvelle.core.errors import UserError
 from volvelle.core.parts import method, part
 from volvelle.core.trainable import Adam
 
-from ..functionals import ExpectedUtility, require_conditions
-from ..objectives import Cvar, ReturnObjective, Target
+from ..functionals import PROBES, ExpectedUtility, require_conditions
+from ..objectives import Cvar, Homeostasis, ReturnObjective, Shortfall, Target
 from ..stock import next_stock
-from .played import Stock
+from ..tasks import TwoResources
+from .played import Played, Stock
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-def stock_of(observations: Any) -> Tensor:
-    """The stock [...] of observations [..., D] (or of their vector, where there are images too)."""
-    return (observations["vector"] if isinstance(observations, dict) else observations)[..., -1]
+def stock_of(observations: Any, components: int = 1) -> Tensor:
+    """The stock [..., m] of observations [..., D] (or of their vector, where there are images too); [...] for one component."""
+    vector = observations["vector"] if isinstance(observations, dict) else observations
+    return vector[..., -1] if components == 1 else vector[..., -components:]
 
 
-def with_stock(observations: Any, stock: Tensor) -> Any:
-    """The observations with another stock."""
+def with_stock(observations: Any, stock: Tensor, components: int = 1) -> Any:
+    """The observations with another stock, shaped as `stock_of` gives it."""
     if isinstance(observations, dict):
-        return {**observations, "vector": with_stock(observations["vector"], stock)}
-    return torch.cat([observations[..., :-1], stock.unsqueeze(-1)], -1)
+        return {**observations, "vector": with_stock(observations["vector"], stock, components)}
+    return torch.cat([observations[..., :-components], stock.view(*observations.shape[:-1], components)], -1)
+
+
+def rewards_of(batch, components: int) -> Tensor:
+    """[S, B], or [S, B, m] for several components."""
+    return batch["rewards"] if components == 1 else torch.stack([batch[f"reward_{i}"] for i in range(components)], -1)
 
 
 def expected_utility(utility, stock: Tensor, quantiles: Tensor) -> Tensor:
@@ -60,6 +71,22 @@ def expected_utility(utility, stock: Tensor, quantiles: Tensor) -> Tensor:
     ends = stock[..., None, None] + quantiles.detach()
     values = np.asarray(utility(ends.double().cpu().numpy().ravel()), float)
     return torch.from_numpy(values).view(ends.shape).mean(-1).to(quantiles)
+
+
+def by_component(utility, components: int) -> list:
+    """f_i(x) = f(x e_i) - f(0) (1 - 1 / m), which sum to f if it is a sum over components: maps [n] -> [n]. UserError if it is not."""
+    zero = float(utility(np.zeros((1, components)))[0])
+
+    made = [lambda x, unit=unit: utility(x[:, None] * unit) - zero * (1 - 1 / components) for unit in np.eye(components)]
+    probes = np.stack([np.roll(PROBES, 5 * i) for i in range(components)], -1)
+    if not np.allclose(utility(probes), sum(f(probes[:, i]) for i, f in enumerate(made))):
+        raise UserError("objective: its utility is no sum over components of the stock; accepted: such as homeostasis with order=1, or constrained")
+    return made
+
+
+def summed_utility(utilities: list, stock: Tensor, quantiles: Tensor) -> Tensor:
+    """sum_k mean_i f_k(c_k + q_ki): stock [..., m], quantiles [..., actions, m, N] -> [..., actions], without gradient."""
+    return sum(expected_utility(f, stock[..., k], quantiles[..., k, :]) for k, f in enumerate(utilities))
 
 
 @part("restock")
@@ -75,36 +102,37 @@ class Restock(Relabel):
 
 
 class _Restock:
-    when, info = "sample", ()
+    when = "sample"
 
     def __init__(self, part: Restock, run):
         task, recipe = run.config.task, run.config.recipe
-        self.part, self.gamma, self.streams = part, recipe.gamma, Streams(run, "restock", recipe.seeds)
+        self.part, self.gamma, self.m, self.streams = part, recipe.gamma, recipe.components, Streams(run, "restock", recipe.seeds)
         self.low, self.high = task.low if part.low is None else part.low, task.high if part.high is None else part.high
+        self.info = tuple(f"reward_{i}" for i in range(self.m)) if self.m > 1 else ()
 
     def __call__(self, batch):
-        old = stock_of(batch["obs"])
-        size = old.shape[1]
-        chosen = torch.from_numpy(self.streams.uniform(size)).to(old.device) < self.part.share
-        drawn = torch.from_numpy(self.streams.uniform(size)).to(old.device) * (self.high - self.low) + self.low
+        old, m = stock_of(batch["obs"], self.m), self.m
+        chosen = (torch.from_numpy(self.streams.uniform(old.shape[1])).to(old.device) < self.part.share).view(*old.shape[:2], *[1] * (m > 1))
+        drawn = torch.from_numpy(self.streams.uniform(*old.shape[1:])).to(old.device) * (self.high - self.low) + self.low
         stock = torch.where(chosen, drawn, old)
-        following = torch.where(chosen, next_stock(stock, batch["rewards"], self.gamma), stock_of(batch["next_obs"]))
-        return {**batch, "obs": with_stock(batch["obs"], stock), "next_obs": with_stock(batch["next_obs"], following)}
+        following = torch.where(chosen, next_stock(stock, rewards_of(batch, m), self.gamma), stock_of(batch["next_obs"], m))
+        return {**batch, "obs": with_stock(batch["obs"], stock, m), "next_obs": with_stock(batch["next_obs"], following, m)}
 
 
 @part("d-eta-n")
 class DEtaN(QLearning):
     """objective: as in distributional-dp, with a scalar stock; its own start stock plays no part, the task's does. scale: stocks are divided by it, and squash:
-    passed through sign(c) log(1 + |c|), before the network sees them."""
+    passed through sign(c) log(1 + |c|), before the network sees them. components: of the reward, as the task's."""
 
     value: ValueHead = Quantile(quantiles=32)
     objective: ReturnObjective = Target()
     scale: Annotated[float, Field(gt=0)] = 1.0
     squash: bool = False
+    components: Annotated[int, Field(gt=0)] = 1
 
     def validate(self, task=None):
         super().validate(task)
-        if not isinstance(task, Stock):
+        if not isinstance(task, Stock) or not task.shown:
             raise UserError(f"d-eta-n: task {task.label()} shows no stock; accepted: stock:..., for example stock:{task.label()}")
         if task.discount != self.gamma:
             raise UserError(f"task.discount={task.discount}: the stock must be discounted as the learner does; expected gamma={self.gamma}")
@@ -112,10 +140,17 @@ class DEtaN(QLearning):
             raise UserError(f"value={self.value.part_name}: utilities are taken over quantiles of the return; accepted: quantile")
         if self.normalise_observations or self.replay.n_step != 1:
             raise UserError("d-eta-n: the stock must stay what it is, step by step; expected normalise_observations=false and replay.n_step=1")
-        functional = self.objective.functional()
-        if not isinstance(functional, ExpectedUtility) or np.ndim(functional.start_stock):
-            raise UserError(f"objective={self.objective.part_name}: expected the expected utility of one number: mean, target, shortfall, surplus, above or cvar")
-        require_conditions(functional, self.gamma, None, None)
+        functional, m = self.objective.functional(), self.components
+        if task.components != m or task.pays != "reward":
+            raise UserError(f"task.components={task.components}, task.pays={task.pays}: expected components={m} as the recipe says, and pays=reward")
+        if not isinstance(functional, ExpectedUtility) or np.size(functional.start_stock) != m or (m == 1 and np.ndim(functional.start_stock)):
+            accepted = "one number: mean, target, shortfall, surplus, above or cvar" if m == 1 else f"{m} numbers, such as homeostasis"
+            raise UserError(f"objective={self.objective.part_name}: expected the expected utility of {accepted}")
+        if m > 1:
+            by_component(functional.utility, m)
+            if not any(isinstance(r, Restock) for r in self.relabels.values()):
+                raise UserError("relabels: several components need relabels.stock, which stores their rewards (relabels.stock.share=0 leaves stocks alone)")
+        require_conditions(functional, self.gamma, None if m == 1 else m, None)
 
     def actor(self, spec, seeds):
         return StockNetwork(self, spec, seeds)
@@ -128,34 +163,43 @@ class DEtaN(QLearning):
 
 
 class StockNetwork(QNetwork):
-    """Quantiles [S, B, actions * N]; its values are utilities of stock plus return."""
+    """Quantiles [S, B, actions * m * N]; its values are utilities of stock plus return."""
 
     def __init__(self, recipe: DEtaN, spec, seeds):
-        super().__init__(recipe, spec, seeds)
-        self.utility, self.scale, self.squash = recipe.objective.functional().utility, recipe.scale, recipe.squash
+        self.m, self.n = recipe.components, recipe.value.quantiles
+        super().__init__(recipe.replace(value=recipe.value.replace(quantiles=self.m * self.n)), spec, seeds)
+        self.scale, self.squash = recipe.scale, recipe.squash
+        self.utility = recipe.objective.functional().utility
+        self.parts = by_component(self.utility, self.m) if self.m > 1 else []
 
     def forward(self, x):
-        shown = stock_of(x) / self.scale
-        return self.net(with_stock(x, shown.sign() * shown.abs().log1p() if self.squash else shown))
+        shown = stock_of(x, self.m) / self.scale
+        return self.net(with_stock(x, shown.sign() * shown.abs().log1p() if self.squash else shown, self.m))
 
     def utilities(self, outputs: Tensor, stock: Tensor) -> Tensor:
         """[S, B, actions] of outputs."""
-        return expected_utility(self.utility, stock, outputs.unflatten(-1, (self.actions, -1)))
+        if self.m == 1:
+            return expected_utility(self.utility, stock, outputs.unflatten(-1, (self.actions, -1)))
+        return summed_utility(self.parts, stock, outputs.unflatten(-1, (self.actions, self.m, self.n)))
 
     def values(self, x):
-        return self.utilities(self(x), stock_of(x))
+        return self.utilities(self(x), stock_of(x, self.m))
 
 
 class StockAgent(QAgent):
     def loss(self, batch):
-        part, following = self.part, batch["next_obs"]
+        part, following, m = self.part, batch["next_obs"], self.part.components
         with torch.no_grad():
             theirs = self.target.module(following)
             choosing = self.module(following) if part.double else theirs
-            best = self.module.pick(theirs, self.module.utilities(choosing, stock_of(following)).argmax(-1))
-            target = part.value.backup(best, batch["rewards"], batch["discounts"])
+            best = self.module.pick(theirs, self.module.utilities(choosing, stock_of(following, m)).argmax(-1))
+            target = part.value.backup(self.apart(best), rewards_of(batch, m), batch["discounts"] if m == 1 else batch["discounts"].unsqueeze(-1))
         outputs = self.module.pick(self.module(batch["obs"]), batch["actions"])
-        return part.value.loss(outputs, target), outputs.detach(), target
+        losses = part.value.loss(self.apart(outputs), target)
+        return losses if m == 1 else losses.sum(-1), outputs.detach(), target
+
+    def apart(self, outputs):
+        return outputs if self.module.m == 1 else outputs.unflatten(-1, (self.module.m, -1))  # [S, B, N], or [S, B, m, N]
 
 
 class StockLearner(OffPolicyLearner):
@@ -177,7 +221,30 @@ class StockLearner(OffPolicyLearner):
         return super().evaluate(task.replace(starts=(start,))) | {"start_stock": start}
 
 
-d_eta_n = method("d-eta-n", DEtaN(
+shared: dict[str, Any] = dict(
     period=500, warmup=500, every=1, replay=Uniform(capacity=20_000, batch=64), copy_every=500, gamma=1.0, epsilon_end=0.1, network=MLP(hidden=(64, 64), activation="relu"),
-    optimiser=Adam(lr=5e-4, clip=None), relabels={"stock": Restock()}),
-    title="Optimise a functional of the return distribution, by deep Q-learning with the stock", source="arXiv 2501.13028")
+    optimiser=Adam(lr=5e-4, clip=None), value=Quantile(quantiles=32))
+recipe = DEtaN(**shared, relabels={"stock": Restock()})
+requests = Stock(base=Played(), low=-10.0, high=5.0, starts=tuple(range(-10, 1)))  # eleven requested returns, 10 to 0, on one grid of lotteries
+judged: dict[str, Any] = dict(evaluation=Evaluation(episodes=550))
+claim = Claim(
+    says="one network that sees the stock brings about whichever of eleven returns is requested (f = -|x|), or keeps above it (f = min(x, 0)); a network of the "
+         "same quantiles without a stock does one thing for all",
+    arms={"target": recipe(**judged), "shortfall": recipe(objective=Shortfall(), **judged), "qr-dqn": Arm(qr_dqn(**shared, **judged), task=requests.replace(shown=False))},
+    task=requests, steps=30, seeds=5, equal="environment steps", minutes=8, quick={"steps": 2, "seeds": 2}, run={"checkpoint_every": 0},
+    expects=("target < 1 on miss", "qr-dqn > 5 on miss", "target < qr-dqn on miss", "shortfall > qr-dqn on shortfall"))
+
+d_eta_n = method("d-eta-n", recipe, title="Optimise a functional of the return distribution, by deep Q-learning with the stock", source="arXiv 2501.13028", claim=claim)
+
+resources = Stock(base=Played(base=TwoResources(horizon=8)), low=-6.0, high=3.0, components=2)
+dqn_of: dict[str, Any] = {k: v for k, v in shared.items() if k != "value"} | judged | {"every": 2}
+regulating = recipe(objective=Homeostasis(), components=2, every=2, **judged)
+homeostasis = Claim(
+    says="two resources that are used up end nearer their set points (f = -||x||_1) than with Q-learning on a shaped reward: minus the deviation at every step, or "
+         "its fall without a stock to see",
+    arms={"d-eta-n": regulating, "deviation": Arm(dqn(**dqn_of), task=resources.replace(pays="deviation")), "drive": Arm(dqn(**dqn_of), task=resources.replace(pays="drive")),
+          "blind": Arm(dqn(**dqn_of), task=resources.replace(pays="drive", shown=False))},
+    task=resources, steps=30, seeds=5, equal="environment steps", minutes=8, quick={"steps": 2, "seeds": 2}, run={"checkpoint_every": 0},
+    expects=("d-eta-n < deviation on miss", "d-eta-n < blind on miss", "d-eta-n <= drive + 0.25 on miss"))
+
+method("d-eta-n-homeostasis", regulating, title="Keep several quantities at their set points, by deep Q-learning with the stock", source="arXiv 2501.13028", claim=homeostasis)
