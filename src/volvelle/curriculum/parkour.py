@@ -6,9 +6,9 @@ context: task.base.kwargs.body=chimpanzee task.base.kwargs.scale=0.7. Sizes, mot
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -106,7 +106,7 @@ class Parkour(gym.Env):
 
     def _distances(self) -> list[float]:
         first, spread = self._kind.rays
-        at, found, ray = self.body.trunk.position, [], _ray()
+        at, found, ray = self.body.trunk.position, [], _ray()()
         for i in range(RAYS):
             angle = first + spread * i / RAYS
             ray.fraction = 1.0
@@ -142,7 +142,8 @@ class Parkour(gym.Env):
         return np.transpose(pygame.surfarray.array3d(screen), (1, 0, 2))
 
 
-def _ray() -> Any:
+@functools.cache
+def _ray() -> type:
     from Box2D.b2 import rayCastCallback
 
     class Ray(rayCastCallback):
@@ -156,7 +157,7 @@ def _ray() -> Any:
             self.fraction = fraction
             return fraction
 
-    return Ray()
+    return Ray
 
 
 if ID not in gym.registry:
