@@ -124,6 +124,16 @@ def test_a_hand_takes_hold_again_around_a_hanging_wall():
     assert all(held for _, held in env.body.hands()) and np.ptp(heights) < 0.5 and not last[2]
 
 
+def test_arms_that_take_turns_climb_along_the_ceiling():
+    env = make("chimpanzee", gap=7.5, spacing=6.0)
+    start = env.body.trunk.position.x
+    for t in range(300):
+        turns = 2 * np.pi * t / 75 + np.array([0, np.pi])
+        motors = np.stack([-np.sin(turns), -np.cos(turns), [0, 0]], 1).ravel()
+        assert not env.step(np.concatenate([motors, np.where(np.sin(turns) > -0.4, 1, -1)]))[2]
+    assert env.body.trunk.position.x > start + 5
+
+
 def test_limbs_scale_and_trunks_do_not():
     def size(env, part):
         return float(np.ptp(np.array(env.body.limbs[part][0].fixtures[0].shape.vertices)[:, 1]))
