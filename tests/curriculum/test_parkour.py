@@ -129,7 +129,7 @@ def test_arms_that_take_turns_climb_along_the_ceiling():
     start = env.body.trunk.position.x
     for t in range(300):
         turns = 2 * np.pi * t / 75 + np.array([0, np.pi])
-        motors = np.stack([-np.sin(turns), -np.cos(turns), [0, 0]], 1).ravel()
+        motors = np.stack([np.cos(turns), np.sin(turns), [0, 0]], 1).ravel()
         assert not env.step(np.concatenate([motors, np.where(np.sin(turns) > -0.4, 1, -1)]))[2]
     assert env.body.trunk.position.x > start + 5
 
