@@ -73,7 +73,7 @@ class MetaGradient(Outer):
     the squares of the rule's outputs (lowered); critic: the scalar critics learn, or stay as they began (as in the released code, where their gradient
     is lost); through_inputs: the gradient also passes through what the rule reads of updated agents (in the released code it does not, so that
     nothing but the last four terms teaches the rule its predictions); recompute: of so many lifetimes at a time, the rule's inner values are computed again
-    on the way back instead of being kept (0: all are kept): the same gradient, a fraction of the memory, about a third more time.
+    on the way back instead of being kept (0: all are kept): the same gradient, a fraction of the memory, somewhat more time.
     """
 
     updates: Count = 5
