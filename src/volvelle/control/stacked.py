@@ -71,8 +71,7 @@ class Stacked(Trainable):
     """A Trainable whose parameters have a leading axis of copies, `seeds` times some members.
 
     All learnt parameters live in one flat tensor, so that clipping, the optimiser and clearing are one operation each. The gradient norm
-    is bounded for every seed on its own. Numbers below 1e-38 become 0 from the first such model on: Adam's moments of dead units decay into
-    them, and CPUs take many times as long over them.
+    is bounded for every seed on its own.
     """
 
     def __init__(self, name: str, module: torch.nn.Module, optimiser: Optimiser | None, device, seeds: int):
@@ -80,7 +79,6 @@ class Stacked(Trainable):
         self.seeds, self.part = seeds, optimiser
         if optimiser is None:
             return
-        torch.set_flush_denormal(True)
         module.requires_grad_(True).train()
         self.parameters = list(module.parameters())
         self.flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
@@ -125,7 +123,10 @@ class Stacked(Trainable):
 
     @torch.no_grad()
     def _move(self, lr: float) -> None:
-        """The optimiser's step. Adam's, once its state exists, is called without the optimiser's bookkeeping, which costs more than the step."""
+        """The optimiser's step. Adam's, once its state exists, is called without the optimiser's bookkeeping, which costs more than the step.
+
+        Meanwhile numbers below 1e-38 count as 0: the moments of dead units decay into them, and CPUs take many times as long over them.
+        """
         optimiser, group = self.optimiser, self.optimiser.param_groups[0]
         group["lr"] = lr
         state = optimiser.state.get(self.flat)
@@ -134,8 +135,10 @@ class Stacked(Trainable):
             optimiser.step()
             return
         state["step"] += 1
+        torch.set_flush_denormal(True)
         kind([self.flat], [self.flat.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], lr=lr, beta1=group["betas"][0],
              beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False)
+        torch.set_flush_denormal(False)
 
     def reset_optimiser(self) -> None:
         self.optimiser, self.steps = self.part.build([self.flat]), 0
