@@ -65,8 +65,10 @@ class Body:
         raise NotImplementedError
 
     def _part(self, name: str, corners: Any, position: tuple[float, float], colour: tuple, angle: float = 0.0, **fixture) -> Any:
+        from Box2D.b2 import polygonShape
+
         made = self.world.CreateDynamicBody(position=position, angle=angle, userData=name)
-        made.CreatePolygonFixture(vertices=corners, categoryBits=BODY, maskBits=SOLID, restitution=0.0, **fixture)
+        made.CreateFixture(shape=polygonShape(vertices=corners), categoryBits=BODY, maskBits=SOLID, restitution=0.0, **fixture)
         self.limbs.append((made, colour))
         self.touched[name] = 0
         return made

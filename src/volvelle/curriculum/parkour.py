@@ -58,7 +58,7 @@ class Parkour(gym.Env):
         super().reset(seed=seed)
         if not OPENING / 2 <= self.gap <= ROOF or self.spacing < 0:
             raise UserError(f"task {ID}: gap={self.gap:g}, spacing={self.spacing:g}; expected gap from {OPENING / 2:g} to {ROOF:g}, spacing at least 0")
-        self.world = world(gravity=(0, -10))
+        self.world = world(gravity=(0, -10))  # a new one, so that a seed repeats an episode to the last bit
         self._build()
         self.body = self._kind(self.world, self.grips, self._scale, self.np_random.uniform(-5, 5))
         self.world.contactListener = self.body.touching
@@ -71,6 +71,8 @@ class Parkour(gym.Env):
 
     def _build(self) -> None:
         """Ground, ceiling and walls. `floor`, `hanging` [n, 4]: the lower and upper parts of the walls; `grips` [n, 4]; rectangles are left, bottom, right, top."""
+        from Box2D.b2 import edgeShape, polygonShape
+
         pitch = max(1, math.ceil(self.spacing / STEP - 1e-9)) * STEP
         left = np.arange(math.ceil(FIRST / STEP) * STEP, 199 * STEP, pitch)
         low = np.maximum(0.05, self.np_random.normal(self.gap - OPENING / 2, 0.05, len(left)))
@@ -79,12 +81,13 @@ class Parkour(gym.Env):
         self.floor, self.hanging = np.stack([left, base, right, base + low], 1), np.stack([left, roof - high, right, roof], 1)
         around = np.stack([left - WIDTH, roof - high - WIDTH, right + WIDTH, roof], 1)
         self.grips = np.concatenate([[[0, GROUND + ROOF - BAND, 200 * STEP, GROUND + ROOF]], around])
-        far = 200 * STEP
+        far, block = 200 * STEP, polygonShape()
         for name, edge, walls in (("ground", GROUND, self.floor), ("ceiling", GROUND + ROOF, self.hanging)):
             solid = self.world.CreateStaticBody(userData=name)
-            solid.CreateEdgeFixture(vertices=[(-far, edge), (2 * far, edge)], friction=2.5, categoryBits=SOLID)
+            solid.CreateFixture(shape=edgeShape(vertices=[(-far, edge), (2 * far, edge)]), friction=2.5, categoryBits=SOLID)
             for a, b, c, d in walls.tolist():
-                solid.CreatePolygonFixture(vertices=[(a, b), (c, b), (c, d), (a, d)], friction=2.5, categoryBits=SOLID)
+                block.vertices = [(a, b), (c, b), (c, d), (a, d)]  # (CreatePolygonFixture would leak a little each time)
+                solid.CreateFixture(shape=block, friction=2.5, categoryBits=SOLID)
 
     def step(self, action):
         action = np.clip(np.asarray(action, float), -1, 1)
