@@ -206,3 +206,11 @@ def test_a_teacher_draws_parkours_for_a_control_method(tmp_path):
     made = volvelle.train(recipe, task=task, folder=tmp_path / "run", steps=1)
     contexts = made.learner.teacher.contexts
     assert len(contexts) >= 2 and (contexts >= [2.5, 0]).all() and (contexts <= [7.5, 6]).all()
+
+
+@pytest.mark.slow
+def test_a_chimpanzee_learns_to_hang_on(tmp_path):
+    task = parkour.replace(points=2)
+    task = task.replace(base=task.base.replace(kwargs={"body": "chimpanzee", "scale": 0.7}))
+    made = volvelle.train(Taught(recipe=ppo_continuous.override("evaluation.episodes=1"), episodes=1), task=task, folder=tmp_path / "run", steps=10)
+    assert made.result["start"]["return"] < 0.15 and made.result["metrics"]["return"] > 0.2  # falls at once; stays up for all 2,000 steps
