@@ -100,6 +100,13 @@ def test_arms_share_what_was_prepared_with_their_seed(tmp_path):
     assert again.record["arms"] == made.record["arms"]
 
 
+def test_what_is_prepared_may_have_a_task_of_its_own(tmp_path):
+    shared = claim(Planted(), "new >= old on total", prepare=Planted(), prepare_task="CartPole-v1", seeds=2, take={"recipe.start_from": "made"})
+    made = run_claim("toy", shared, tmp_path)
+    prepared = json.loads((tmp_path / "prepare" / "seed-0" / "result.json").read_text())
+    assert "CartPole" in prepared["task"] and "CartPole" not in made.record["arms"]["old"]["task"]
+
+
 def test_going_on_where_a_claim_was_broken_off(tmp_path):
     with pytest.raises(RunStopped, match="new, seed 0: step 2: planted failure"):
         run_claim("toy", claim(Planted(fails=2)), tmp_path)

@@ -36,7 +36,7 @@ class Claim:
     expects: such as "ngrpo > grpo on pass@1", all of which must hold; seeds: how many, paired, from `first_seed`
     on (fresh ones where earlier seeds helped to choose a setting); equal: what the arms share ("samples",
     "steps", "environment steps"); minutes: of the whole claim on 2 CPU cores; prepare: a recipe run once per seed whose products every arm
-    takes (`take`: field of the run configuration -> product); quick: smaller numbers for the tests; paper: the paper's own setting.
+    takes (`take`: field of the run configuration -> product), on the first arm's task or on prepare_task; quick: smaller numbers for the tests; paper: the paper's own setting.
     """
 
     says: str
@@ -51,6 +51,7 @@ class Claim:
     minutes: float = 10.0
     prepare: Recipe | None = None
     prepare_steps: int = 100
+    prepare_task: Any = None
     take: Mapping[str, str] = field(default_factory=dict)
     quick: Mapping[str, Any] = field(default_factory=lambda: {"steps": 2, "seeds": 2})
     paper: Mapping[str, Any] = field(default_factory=dict)
@@ -116,6 +117,8 @@ def run_claim(name: str, claim: Claim, folder: str | Path, scale: str = "cpu", b
 def _with_preparation(name, claim, arms, seeds, folder, backend, workers, progress) -> Comparison:
     first = next(iter(arms.values()))
     base = first.replace(recipe=claim.prepare, steps=claim.prepare_steps, method="prepare")
+    if claim.prepare_task is not None:
+        base = base.replace(task=coerce(Task, claim.prepare_task, "prepare_task"))
     jobs = [Job(f"prepare, seed {s}", base.replace(seed=s), folder / "prepare" / f"seed-{s}") for s in seeds]
     for job, _ in run_jobs(jobs, backend, workers):
         if progress:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from volvelle.core.errors import UserError
 from volvelle.core.parts import Part, Recipe, part
@@ -71,7 +72,8 @@ class MetaGradient(Outer):
     policy_entropy, prediction_entropy: weights of the entropies of the agents' policies and predictions (raised); policy_norm, prediction_norm: weights of
     the squares of the rule's outputs (lowered); critic: the scalar critics learn, or stay as they began (as in the released code, where their gradient
     is lost); through_inputs: the gradient also passes through what the rule reads of updated agents (in the released code it does not, so that
-    nothing but the last four terms teaches the rule its predictions).
+    nothing but the last four terms teaches the rule its predictions); recompute: of so many lifetimes at a time, the rule's inner values are computed again
+    on the way back instead of being kept (0: all are kept): the same gradient, a fraction of the memory, somewhat more time.
     """
 
     updates: Count = 5
@@ -81,6 +83,7 @@ class MetaGradient(Outer):
     prediction_norm: NonNegative = 0.001
     critic: bool = True
     through_inputs: bool = False
+    recompute: Annotated[int, Field(ge=0)] = 0
 
     def improve(self, learner):
         loss, metrics = self.loss(learner)
@@ -92,8 +95,9 @@ class MetaGradient(Outer):
     def loss(self, learner: MetaLearner) -> tuple[Tensor, dict[str, float]]:
         """L_out, averaged over lifetimes; the agents are left updated, with their history attached."""
         terms: dict[str, Any] = {name: 0.0 for name in ("policy_entropy", "prediction_entropy", "policy_norm", "prediction_norm")}
+        rule = _recomputed(learner.rule, self.recompute) if self.recompute else learner.rule
         for _ in range(self.updates):
-            seen, pi_hat, y_hat = learner.update(learner.rule)
+            seen, pi_hat, y_hat = learner.update(rule)
             terms["policy_entropy"] += entropy(softmax(seen.rows(learner.actor))).mean() / self.updates
             terms["prediction_entropy"] += entropy(softmax(seen.rows(learner.bootstrap))).mean() / self.updates
             terms["policy_norm"] += (pi_hat**2).mean() / self.updates
@@ -107,6 +111,14 @@ class MetaGradient(Outer):
         if self.critic:
             learner.values.learn(seen, advantages)
         return loss, {"reward": float(seen.rewards.mean()), "meta_loss": float(loss.detach())} | {k: float(v.detach()) for k, v in terms.items()}
+
+
+def _recomputed(rule: Any, lifetimes: int) -> Any:
+    def pieces(*inputs):
+        made = [checkpoint(rule, *piece, use_reentrant=False, preserve_rng_state=False) for piece in zip(*(x.split(lifetimes) for x in inputs))]
+        return tuple(torch.cat(outputs) for outputs in zip(*made))
+
+    return pieces
 
 
 @part("openes")

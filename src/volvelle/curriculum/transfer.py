@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Protocol
 import numpy as np
 from pydantic import Field
 
+from volvelle.control.learner import ControlRecipe
 from volvelle.control.policy import Policy
 from volvelle.core.errors import UserError
 from volvelle.core.parts import Recipe, part
@@ -91,6 +92,16 @@ class Children:
 
     def mixture(self):
         return self._train("mixture", self.family, self.run.seed * 1009)
+
+
+def check_trainable(name: str, recipe: Recipe, family: Family) -> None:
+    """UserError unless `recipe` can train a policy in every context of the family."""
+    if family.context:
+        raise UserError(f"{name}: task.context={family.context} holds the family fixed; leave it empty")
+    if not isinstance(recipe, ControlRecipe) or recipe.seeds != 1 or recipe.workers:
+        raise UserError(f"{name}: recipe={recipe.part_name}: trains the policies; expected a control recipe with seeds=1 and workers=0")
+    family.score(np.zeros(1))
+    recipe.validate(family)
 
 
 class TransferTask(Task):

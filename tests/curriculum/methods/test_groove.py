@@ -188,6 +188,12 @@ def test_a_resumed_run_ends_as_one_never_stopped(tmp_path, recipe):
     assert torch.equal(whole.learner.actor, again.learner.actor)
 
 
+def test_values_computed_again_give_the_same_rule(tmp_path):
+    rules = {n: volvelle.train(TINY.replace(outer=MetaGradient(updates=2, recompute=n)), task=TASK, folder=tmp_path / str(n), steps=2).learner.rule.module for n in (0, 3)}
+    for (name, one), other in zip(rules[0].named_parameters(), rules[3].parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6), name
+
+
 def test_evolution_keeps_pairs_on_one_level_and_moves_towards_the_better():
     """The step is the noise of each pair, forwards where plus did better and backwards where minus did; a twin tells which it was."""
     recipe = TINY.replace(outer=OpenES(), optimiser=SGD(lr=1.0), lifetimes=6, curation=Adversarial(size=20))

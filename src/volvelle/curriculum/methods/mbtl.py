@@ -24,7 +24,6 @@ import numpy as np
 from pydantic import Field
 
 from volvelle.control.evaluation import Evaluation
-from volvelle.control.learner import ControlRecipe
 from volvelle.control.methods.a2c import a2c
 from volvelle.control.methods.dqn import dqn
 from volvelle.control.methods.ppo import ppo, ppo_continuous
@@ -36,7 +35,7 @@ from volvelle.core.parts import Recipe, method, part, preset
 from ..choosers import MIXTURE, Chooser, Equidistant, Greedy, History, Independent, Multitask, Oracle, RandomChooser
 from ..families import Family
 from ..pictures import Trainings
-from ..transfer import Children, SwingUp, TransferTask
+from ..transfer import Children, SwingUp, TransferTask, check_trainable
 
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -157,12 +156,7 @@ class Mbtl(Recipe):
         if not isinstance(task, Family):
             raise UserError(f"mbtl: task {task.label() if task else None} has no contexts; accepted: a family such as family:Pendulum-v1?l=0.3..2.2, "
                             "transfer:FILE.npz, or swing-up")
-        if task.context:
-            raise UserError(f"mbtl: task.context={task.context} holds the family fixed; leave it empty")
-        if not isinstance(self.recipe, ControlRecipe) or self.recipe.seeds != 1 or self.recipe.workers:
-            raise UserError(f"mbtl: recipe={self.recipe.part_name}: trains the policies; expected a control recipe with seeds=1 and workers=0")
-        task.score(np.zeros(1))
-        self.recipe.validate(task)
+        check_trainable("mbtl", self.recipe, task)
 
     def start(self, run):
         return _Live(self, run)
