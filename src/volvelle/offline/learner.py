@@ -57,6 +57,7 @@ class Offline(Recipe):
 
     wing: ClassVar[str] = "offline"
     goals: ClassVar[bool] = False  # whether it learns to reach commanded goals
+    needs: ClassVar[tuple[str, ...]] = ("rewards", "discounts", "next_obs")  # of a batch, beside obs and actions
     seeds: Count = 1
     period: Count = 1000
     batch: Count = 256
@@ -96,6 +97,7 @@ class GoalOffline(Offline):
     """Base of the recipes that learn to reach commanded goals: their policies meet state and goal side by side."""
 
     goals: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("value_goals", "actor_goals", "rewards", "masks", "next_obs")
     sampler: BatchSampler = Goals()
 
     def check(self, recipe):
@@ -150,6 +152,9 @@ class OfflineLearner(Assessed):
         self.agent = part.agent(run, self.spec, self.data)
         self.size = self.agent.size
         self.gradient_steps = 0
+        self.first: dict[str, Any] | None = self.sampler.draw()  # the first batch, looked at before anything is written
+        if not self.relabels:
+            self.fit(self.first)
 
     def spec_of(self, task: OfflineTask) -> Spec:
         """What the agent acts on: the dataset's observations, with the goal behind them for recipes with goals. UserError if the environment has others."""
@@ -179,12 +184,23 @@ class OfflineLearner(Assessed):
 
     def learn(self) -> dict[str, Any]:
         """One sampled batch, one update."""
-        batch = self.sampler.draw()
+        batch, self.first = self.sampler.draw() if self.first is None else self.first, None
         for relabel in self.relabels.values():
             batch = relabel(batch)
+        if self.relabels and not self.gradient_steps:
+            self.fit(batch)
         made = self.agent.update(batch)
         self.gradient_steps += 1
         return made
+
+    def fit(self, batch: dict[str, Any]) -> None:
+        """UserError if a batch lacks what the recipe learns from, or has weights, which no offline recipe heeds."""
+        part = self.part
+        name, usual = part.sampler.part_name, type(part).__dataclass_fields__["sampler"].default.part_name
+        if missing := [k for k in ("obs", "actions", *part.needs) if k not in batch]:
+            raise UserError(f"sampler={name}: its batches have no {', '.join(missing)}, which {part.part_name} learns from; accepted: {usual}, or a sampler that gives them")
+        if "weights" in batch:
+            raise UserError(f"sampler={name}: its batches have weights, which {part.part_name} does not heed; accepted: batches without them (a dataset's field of that name: rename it)")
 
     def module_policy(self) -> Deciding:
         return self.agent.module
@@ -238,3 +254,5 @@ class OfflineLearner(Assessed):
         if state["dataset"] != self.data.fingerprint:
             raise RunStopped(f"the checkpoint was made with another dataset than {self.data.label()} now is; its contents have changed")
         self.gradient_steps = state["gradient_steps"]
+        if self.gradient_steps:
+            self.first = None

@@ -148,6 +148,10 @@ class VGPS(BuiltRecipe, Offline):
     units: Scale | None = None
     primitives: tuple[tuple[float, ...], ...] = ()
 
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (*Offline.needs, "returns") if isinstance(self.critic, CalQL) and self.critic.calibrate else Offline.needs
+
     def check(self, recipe):
         super().check(recipe)
         if not isinstance(self.critic, (CQL, IQL)):
