@@ -151,7 +151,7 @@ def test_a_sampler_that_gives_too_little_or_weights_is_refused_in_one_line(metho
 
 def test_a_critic_that_needs_returns_says_so(tmp_path):
     with pytest.raises(UserError, match="its batches have no returns, which value-guided learns from; accepted: labelled-demonstrations"):
-        train("v-gps", PENDULUM, tmp_path / "run", [f"base={__name__}:still", "sampler=transitions", "period=1"], steps=1)
+        volvelle.train("v-gps", task=PENDULUM, folder=tmp_path / "run", overrides=[f"base={__name__}:still", "sampler=transitions"], steps=1)
 
 
 def still(observations):
