@@ -12,6 +12,7 @@ import torch
 job = json.loads(sys.argv[1])
 torch.set_num_threads(job["threads"])
 
+from sb3_contrib import QRDQN  # noqa: E402
 from stable_baselines3 import A2C, DQN, PPO, SAC, TD3  # noqa: E402
 from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
 from stable_baselines3.common.noise import NormalActionNoise  # noqa: E402
@@ -47,10 +48,11 @@ def score() -> dict:
         model = PPO("MlpPolicy", make_vec_env(job["env"], 8, seed=job["seed"]), **common | PPO_SETTINGS)
     elif job["method"] == "a2c":
         model = A2C("MlpPolicy", make_vec_env(job["env"], 16, seed=job["seed"]), **common)
-    elif job["method"] == "dqn":
+    elif job["method"] in ("dqn", "qr-dqn"):
         breakout = {"learning_rate": 2.5e-4, "buffer_size": 100_000, "batch_size": 32, "target_update_interval": 1000, "exploration_fraction": 0.1,
                     "exploration_final_eps": 0.01, "policy_kwargs": {"net_arch": [128]}} if "Breakout" in job["env"] else {}
-        model = DQN("MlpPolicy", job["env"], **common | {"learning_rate": 1e-3, "buffer_size": 50_000, "learning_starts": 1000, "batch_size": 64, "train_freq": 4,
+        kind, same = (DQN, {}) if job["method"] == "dqn" else (QRDQN, {"policy_kwargs": {"n_quantiles": 50}, "max_grad_norm": 10})
+        model = kind("MlpPolicy", job["env"], **common | same | {"learning_rate": 1e-3, "buffer_size": 50_000, "learning_starts": 1000, "batch_size": 64, "train_freq": 4,
                                                        "target_update_interval": 250, "exploration_fraction": 0.3, "exploration_final_eps": 0.04} | breakout)
     elif job["method"] == "td3":
         size = gymnasium.make(job["env"]).action_space.shape

@@ -25,7 +25,7 @@ SAME = {
 Q = ["network.hidden=[64,64]", "optimiser.clip=10", "optimiser.lr=1e-3", "warmup=1000", "replay.capacity=50000", "replay.batch=64", "every=4", "copy_every=250",
      "epsilon_share=0.3", "epsilon_end=0.04"]
 SCORE = {
-    "ppo": SAME["ppo"], "sac": SAME["sac"], "a2c": ["envs=16"], "dqn": [*Q, "value=huber"], "c51": [*Q, "value.low=0", "value.high=100", "value.bins=51"], "qr-dqn": Q,
+    "ppo": SAME["ppo"], "sac": SAME["sac"], "a2c": ["envs=16"], "dqn": [*Q, "value=huber"], "c51": [*Q, "value.low=0", "value.high=100", "value.bins=51"], "qr-dqn": [*Q, f"optimiser.eps={0.01 / 64}"],
     "td3": ["actor_optimiser.lr=1e-3", "critic_optimiser.lr=1e-3", "warmup=1000"], "sac-discrete": ["entropy_share=0.3"], "reinforce": [],
 }
 BREAKOUT = ["network.hidden=[128]", "replay.batch=32", "replay.capacity=100000", "optimiser.lr=2.5e-4", "copy_every=1000", "epsilon_share=0.1", "epsilon_end=0.01"]
@@ -60,8 +60,9 @@ def speed() -> dict:
 
 def score() -> dict:
     method = job["method"]
+    chosen = {w.partition("=")[0]: w for w in [*SCORE[method], *(BREAKOUT if "Breakout" in job["env"] else [])]}.values()  # the later ones count
     made = volvelle.train(f"control/{method}", task=job["env"], steps=-(-job["count"] // PERIOD.get(method, 1000)), seed=0, folder=Path(tempfile.mkdtemp()) / "run",
-                          overrides=[*SCORE[method], *(BREAKOUT if "Breakout" in job["env"] else []), f"seeds={job['seeds']}", "evaluation.episodes=20"],
+                          overrides=[*chosen, f"seeds={job['seeds']}", "evaluation.episodes=20"],
                           checkpoint_every=0)
     return {"returns": [made.result["metrics"][f"return@{s}"] for s in range(job["seeds"])], "seconds": made.result["seconds"]}
 

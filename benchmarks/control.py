@@ -18,9 +18,9 @@ from pathlib import Path
 from peers import Peer
 from volvelle.core.statistics import mean_interval
 
-SB3 = Peer("sb3", "_control_volvelle.py", "_control_sb3.py", made="ready-2", installs=(
+SB3 = Peer("sb3", "_control_volvelle.py", "_control_sb3.py", made="ready-3", installs=(
     ("torch==2.13.0",),
-    ("stable-baselines3==2.9.2", "gymnasium[classic-control,mujoco]", "mujoco==4.0.0", "mujoco-core==4.0.0", "box2d==2.3.10", "minatar==1.0.15")))
+    ("stable-baselines3==2.9.2", "sb3-contrib==2.9.2", "gymnasium[classic-control,mujoco]", "mujoco==4.0.0", "mujoco-core==4.0.0", "box2d==2.3.10", "minatar==1.0.15")))
 SPEED = {
     "ppo-cartpole": {"method": "ppo", "env": "CartPole-v1", "count": 16384, "unit": "environment steps"},
     "ppo-halfcheetah": {"method": "ppo", "env": "HalfCheetah-v5", "count": 8192, "unit": "environment steps"},
@@ -32,7 +32,7 @@ SCORES = {
     "a2c-cartpole": {"method": "a2c", "env": "CartPole-v1", "count": 60_000},
     "dqn-cartpole": {"method": "dqn", "env": "CartPole-v1", "count": 50_000},
     "c51-cartpole": {"method": "c51", "env": "CartPole-v1", "count": 50_000, "peer": False},
-    "qr-dqn-cartpole": {"method": "qr-dqn", "env": "CartPole-v1", "count": 50_000, "peer": False},
+    "qr-dqn-cartpole": {"method": "qr-dqn", "env": "CartPole-v1", "count": 50_000},
     "sac-discrete-cartpole": {"method": "sac-discrete", "env": "CartPole-v1", "count": 30_000, "peer": False},
     "reinforce-cartpole": {"method": "reinforce", "env": "CartPole-v1", "count": 100, "peer": False},
     "ppo-acrobot": {"method": "ppo", "env": "Acrobot-v1", "count": 61_440},

@@ -37,7 +37,7 @@ class Peer:
         if not (home / self.made).exists():
             venv.create(home, with_pip=True, clear=True)
             for words in self.installs:
-                subprocess.run([python, "-m", "pip", "install", "-q", *words], check=True)
+                subprocess.run([python, "-m", "pip", "install", "-q", *words], check=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
             (home / self.made).touch()
         return python
 

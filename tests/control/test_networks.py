@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from volvelle.control.networks import CNN, MLP, Dueling, FourierMLP, Linear, Output, ResNet, SmallCNN, repeat, reset
+from volvelle.control.recurrent import GRU
 from volvelle.control.spaces import Layout
 from volvelle.control.stacked import Stacked
 from volvelle.core.errors import RunStopped, UserError
@@ -29,7 +30,7 @@ def example(layout, copies=1, batch=5):
     return next(iter(parts.values())) if layout.single else parts
 
 
-@pytest.mark.parametrize("part, layout", [(MLP(), VECTOR), (MLP(layer_norm=True, activation="gelu"), BOTH), (FourierMLP(), VECTOR), (MLP(), GRID), (CNN(), PIXELS),
+@pytest.mark.parametrize("part, layout", [(MLP(), VECTOR), (MLP(layer_norm=True, activation="gelu"), BOTH), (FourierMLP(), VECTOR), (GRU(features=2, hidden=(8,)), VECTOR), (MLP(), GRID), (CNN(), PIXELS),
                                           (SmallCNN(), GRID), (SmallCNN(), BOTH), (ResNet(channels=(4, 8), hidden=(16,)), GRID)])
 def test_a_copy_computes_what_it_would_compute_alone(part, layout):
     stacked = reset(Output(part.build(layout, 3), 3, 2), generators(3))
@@ -67,6 +68,27 @@ def test_waves_of_a_fourier_network():
     quarter = 2 * math.pi * 2.0 / 8                        # a quarter turn, then a half
     wanted = torch.tensor([[[2.0, math.sin(quarter), math.sin(2 * quarter), math.cos(quarter), math.cos(2 * quarter)]]])
     assert torch.allclose(seen[0], wanted, atol=1e-6) and body.width == 4
+
+
+def test_a_recurrent_network_computes_what_torch_computes_from_the_first_step_there_is():
+    body = reset(GRU(features=3, units=7).build(Layout(vector=12), 2), generators(2))
+    unit, rows = body.dense, torch.randn(2, 5, 4, 3, generator=torch.Generator().manual_seed(1))
+    rows[:, 1, :2] = 0                                       # the second of the batch has only two steps
+    found = body(rows.flatten(2))
+    for i in range(2):
+        peer = torch.nn.GRU(3, 7, batch_first=True)
+        with torch.no_grad():
+            for name, value in (("weight_ih_l0", unit.into[i].T), ("weight_hh_l0", unit.back[i].T), ("bias_ih_l0", unit.bias[i, 0]), ("bias_hh_l0", unit.back_bias[i, 0])):
+                getattr(peer, name).copy_(value)
+        assert torch.allclose(peer(rows[i])[0][:, -1][[0, 2, 3, 4]], found[i][[0, 2, 3, 4]], atol=1e-6)
+        assert torch.allclose(peer(rows[i, 1:2, 2:])[0][:, -1], found[i, 1:2], atol=1e-6)
+    assert unit.into.abs().max() <= 7**-0.5 and body.width == 7
+
+
+def test_a_recurrent_network_refuses_what_is_no_row_of_steps():
+    for layout in (Layout(vector=7), GRID):
+        with pytest.raises(UserError, match="network.features=3: the observations are"):
+            GRU().build(layout, 1)
 
 
 def test_dueling_streams_are_identifiable():

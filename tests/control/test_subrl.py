@@ -245,7 +245,7 @@ def test_what_each_way_of_paying_pays():
     assert SetWalk().measure({"value": np.array([2.0, 4.0]), "distinct": np.array([1.0, 2.0])}) == {"value": 3.0, "distinct": 1.5}
 
 
-@pytest.mark.parametrize("sees", ["code", "one-hot", "place", "time", "history", "indices"])
+@pytest.mark.parametrize("sees", ["code", "one-hot", "place", "time", "history", "indices", "walk"])
 def test_observations_fit_their_spaces_and_tell_time(sees):
     env = SetWalk(world=Grid(4, 3), horizon=5, sees=sees).make()
     seen = [env.reset(seed=0)[0]] + [env.step(1)[0] for _ in range(5)]
@@ -254,6 +254,8 @@ def test_observations_fit_their_spaces_and_tell_time(sees):
         assert seen[1][:6].tolist() == pytest.approx([7 / 12, 8 / 12, -1, -1, -1, -1])
     if sees == "history":
         assert np.flatnonzero(seen[2][3:]).tolist() == [7, 8]
+    if sees == "walk":
+        assert np.allclose(seen[1].reshape(6, 3), [*[[0, 0, 0]] * 4, [1 / 3, 0, 1 / 6], [1 / 3, 1, 2 / 6]])
 
 
 def test_noise_takes_the_place_of_actions():
@@ -345,6 +347,9 @@ def test_it_covers_more_than_the_modular_arm_and_comes_near_the_best_walk(tmp_pa
     history = volvelle.train("subrl", folder=tmp_path / "c", overrides=[*QUICK, "network.hidden=[32]", "network.activation=tanh", "optimiser.lr=1e-2"],
                              **{**SMALL, "task": SMALL["task"].replace(sees="history"), "steps": 60})
     assert history.result["metrics"]["value"] > 18.5
+    recurrent = volvelle.train("subrl", folder=tmp_path / "d", overrides=[*QUICK, "network=gru", "network.units=32", "optimiser.lr=1e-2"],
+                               **{**SMALL, "task": SMALL["task"].replace(sees="walk"), "steps": 80})
+    assert recurrent.result["metrics"]["value"] > 20
 
 
 @pytest.mark.slow

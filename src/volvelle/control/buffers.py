@@ -46,15 +46,15 @@ class Blocks:
 
     def __init__(self, seeds: int, steps: int, count: int, fields: Fields, packed: bool = False):
         self.seeds, self.steps, self.count = seeds, steps, count
-        self.columns: dict[str, tuple[int, int, tuple[int, ...]]] = {}
-        for k, (shape, dtype) in fields.items() if packed else ():
-            if np.dtype(dtype) == np.float32:
-                start = max((stop for _, stop, _ in self.columns.values()), default=0)
-                self.columns[k] = (start, start + math.prod(shape), tuple(shape))
-        width = max((stop for _, stop, _ in self.columns.values()), default=0)
-        self.pack = torch.zeros(seeds, steps, count, width)
-        self.tensors = {k: self._column(self.pack, k) if k in self.columns else torch.zeros(seeds, steps, count, *shape, dtype=TORCH[str(np.dtype(dtype))])
+        single = {k: tuple(shape) for k, (shape, dtype) in fields.items() if packed and np.dtype(dtype) == np.float32}
+        self.wide = {k: shape for k, shape in single.items() if shape}  # these first, then the fields that are one number
+        self.numbers = [k for k, shape in single.items() if not shape]
+        self.widths = [*map(math.prod, self.wide.values()), len(self.numbers)]
+        self.pack = torch.zeros(seeds, steps, count, sum(self.widths))
+        views = self.columns(self.pack)
+        self.tensors = {k: views[k] if k in views else torch.zeros(seeds, steps, count, *shape, dtype=TORCH[str(np.dtype(dtype))])
                         for k, (shape, dtype) in fields.items()}
+        self.loose = {k: t for k, t in self.tensors.items() if k not in views}
         self.arrays = {k: t.numpy() for k, t in self.tensors.items()}
         self.parts = {k: [f for f in fields if f.startswith(f"{k}/")] for k in {f.partition("/")[0] for f in fields if "/" in f}}
 
@@ -66,16 +66,19 @@ class Blocks:
         else:
             self.arrays[name][:, t] = value
 
-    def _column(self, pack: Tensor, name: str) -> Tensor:
-        start, stop, shape = self.columns[name]
-        return pack[..., start] if not shape else pack[..., start:stop].unflatten(-1, shape) if len(shape) > 1 else pack[..., start:stop]
+    def columns(self, pack: Tensor) -> dict[str, Tensor]:
+        """The packed fields, as views of rows [..., width] of the pack."""
+        *wide, numbers = pack.split_with_sizes(self.widths, -1)
+        found = {k: v if len(shape) == 1 else v.unflatten(-1, shape) for (k, shape), v in zip(self.wide.items(), wide)}
+        found.update(zip(self.numbers, numbers.unbind(-1)))
+        return found
 
     def gather(self, rows: Tensor) -> dict[str, Any]:
         """All fields of the rows [S, B] (seed, time and environment in one number), observations as one value."""
         flat, shape = rows.view(-1), rows.shape
-        pack = torch.index_select(self.pack.view(-1, self.pack.shape[-1]), 0, flat).view(*shape, -1)
-        found = {k: self._column(pack, k) if k in self.columns else torch.index_select(t.view(-1, *t.shape[3:]), 0, flat).view(*shape, *t.shape[3:])
-                 for k, t in self.tensors.items()}
+        found = self.columns(torch.index_select(self.pack.view(-1, self.pack.shape[-1]), 0, flat).view(*shape, -1))
+        for k, t in self.loose.items():
+            found[k] = torch.index_select(t.view(-1, *t.shape[3:]), 0, flat).view(*shape, *t.shape[3:])
         for name, parts in self.parts.items():
             found[name] = {f.partition("/")[2]: found.pop(f) for f in parts}
         return found
@@ -189,7 +192,7 @@ class Replay:
         left = (newest - rows // self.count) % self.length                                      # steps after this row
         steps = window.reshape(self.seeds, -1) + self.starts
         pack = torch.index_select(self.blocks.pack.view(-1, self.blocks.pack.shape[-1]), 0, torch.from_numpy(steps).view(-1)).view(*window.shape, -1)
-        rewards, terminated, ended = (self.blocks._column(pack, k) for k in ("rewards", "terminated", "ended"))
+        rewards, terminated, ended = map(self.blocks.columns(pack).get, ("rewards", "terminated", "ended"))
         ended = (ended > 0) | torch.from_numpy(ahead >= left[..., None])
         total, discount, last = n_step(rewards, terminated > 0, ended, self.gamma)
         return total, discount, torch.gather(torch.from_numpy(window), -1, last.unsqueeze(-1)).squeeze(-1)

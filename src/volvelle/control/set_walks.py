@@ -119,7 +119,7 @@ class SetWalkEnv(gym.Env):
         self.action_space = spaces.Discrete(graph.next.shape[1])
         low, high = graph.places.min(0), graph.places.max(0)
         self.scaled = (2 * (graph.places - low) / np.maximum(high - low, 1) - 1).astype(np.float32)
-        widths = {"place": 3, "history": self.size + 3, "indices": horizon + 2}
+        widths = {"place": 3, "history": self.size + 3, "indices": horizon + 2, "walk": 3 * (horizon + 1)}
         if sees == "code":
             self.observation_space = spaces.Discrete(self.size * horizon + 1)
         elif sees == "one-hot":
@@ -150,6 +150,10 @@ class SetWalkEnv(gym.Env):
             return np.array([*now, *seen], np.float32)
         if self.sees == "indices":
             return np.array([v / self.size for v in self.walk] + [-1.0] * (self.horizon - self.t) + [now[2]], np.float32)
+        if self.sees == "walk":
+            rows = np.zeros((self.horizon + 1, 3), np.float32)
+            rows[self.horizon - self.t :, :2], rows[self.horizon - self.t :, 2] = self.scaled[self.walk], np.arange(1, self.t + 2) / (self.horizon + 1)
+            return rows.reshape(-1)
         return np.array(now, np.float32)
 
     def step(self, action):
@@ -189,7 +193,8 @@ class SetWalk(ControlTask):
     noise: share of random actions. pays: what training is paid, "marginal" gains, "modular" F({s'}), or F of the whole walk at its "final"
     step; evaluation always counts F. sees: "code" (one number per time and state: for tables and linear policies, up to 4096 of them), "one-hot"
     (state and time apart), "place" (scaled place and time), "time" alone, and with the past: "history" (place, time and a mark for every
-    visited state) or "indices" (the numbers of the states so far, -1 where there are none yet).
+    visited state), "indices" (the numbers of the states so far, -1 where there are none yet) or "walk" (place and time of every step so far, the newest
+    last, zeros before the first: for network=gru).
     """
 
     info: ClassVar[tuple[str, ...]] = ("value", "distinct")
@@ -198,7 +203,7 @@ class SetWalk(ControlTask):
     horizon: Count = 24
     noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     pays: Literal["marginal", "modular", "final"] = "marginal"
-    sees: Literal["code", "one-hot", "place", "time", "history", "indices"] = "code"
+    sees: Literal["code", "one-hot", "place", "time", "history", "indices", "walk"] = "code"
 
     def make(self, render=None, training=False):
         graph, measure = bound(self.world, self.function)

@@ -160,7 +160,7 @@ class Dreams:
     def add(self, made: Rows) -> None:
         made = tuple(x.cpu() for x in made)
         if len(made[0]):
-            self.kept = [torch.cat([old, new])[-self.part.capacity :] for old, new in zip(self.kept, made)] if self.kept else list(made)
+            self.kept = [torch.cat([old, new])[-self.part.capacity :] for old, new in zip(self.kept, made)] if self.kept else [x[-self.part.capacity :] for x in made]
 
     def state_dict(self) -> dict[str, Any]:
         return {"kept": list(self.kept)}

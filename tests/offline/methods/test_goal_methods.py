@@ -232,15 +232,16 @@ def but(words, *others):
     return [*(w for w in words if w.partition("=")[0] not in {o.partition("=")[0] for o in others}), *others]
 
 
-# crl values the data's own behaviour, and in a maze this small every place lies ahead of every other: there is little to learn from
+# Six seeds: single ones lie between .25 and .95 (gciql, hiql), 0 and .65 (crl, which values the data's own behaviour: in a maze this small every place lies
+# ahead of every other). The bounds are two to four standard errors below what the six reach.
 @pytest.mark.parametrize("method, overrides, updates, bound", [
-    ("gcivl", ["extraction.temperature=3"], 900, 0.7), ("gciql", ["extraction=awr", "extraction.temperature=5", "optimiser.lr=3e-3", "tau=0.1"], 1500, 0.7),
-    ("hiql", ["sampler.steps=4"], 600, 0.7), ("qrl", ["width=32", "extraction.weight=0.01"], 600, 0.6),
-    ("crl", ["width=32", "extraction=awr", "extraction.temperature=10", "gamma=0.8", "batch=64", "optimiser.lr=3e-3", "sampler.actor_geometric=true"], 900, 0.3)],
+    ("gcivl", ["extraction.temperature=3"], 900, 0.7), ("gciql", ["extraction=awr", "extraction.temperature=5", "optimiser.lr=3e-3", "tau=0.1"], 1500, 0.5),
+    ("hiql", ["sampler.steps=4"], 600, 0.3), ("qrl", ["width=32", "extraction.weight=0.01"], 600, 0.7),
+    ("crl", ["width=32", "extraction=awr", "extraction.temperature=10", "gamma=0.8", "batch=64", "optimiser.lr=3e-3", "sampler.actor_geometric=true"], 900, 0.08)],
     ids=lambda v: v if isinstance(v, str) else None)
 def test_finds_the_way_through_the_small_maze(method, overrides, updates, bound, tmp_path):
-    found = volvelle.train(method, task=OPEN, folder=tmp_path / "run", overrides=[*but(LEARN, *overrides), f"period={updates}"], steps=1).result
-    assert found["start"]["success"] < 0.15 and found["metrics"]["success"] > bound
+    found = volvelle.train(method, task=OPEN, folder=tmp_path / "run", overrides=[*but(LEARN, *overrides), f"period={updates}", "seeds=6"], steps=1).result
+    assert found["start"]["success"] < 0.05 and found["metrics"]["success"] > bound
 
 
 def line(length=12, walks=60, steps=40):
