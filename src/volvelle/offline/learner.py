@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
@@ -16,13 +16,13 @@ from volvelle.control.envs import probe
 from volvelle.control.evaluation import Evaluation, Evaluator
 from volvelle.control.learner import Assessed, Count
 from volvelle.control.normalise import ObservationNormaliser
-from volvelle.control.policy import Deciding
+from volvelle.control.policy import Deciding, Policy
 from volvelle.control.slots import ControlTask, Relabel
 from volvelle.control.spaces import Spec
 from volvelle.control.speed import keep_freed_memory
 from volvelle.control.stacked import Streams
 from volvelle.core.errors import RunStopped, UserError
-from volvelle.core.parts import Recipe
+from volvelle.core.parts import Recipe, to_config
 from volvelle.core.tasks import Task
 
 from .commands import GoalTask
@@ -58,6 +58,7 @@ class Offline(Recipe):
     wing: ClassVar[str] = "offline"
     goals: ClassVar[bool] = False  # whether it learns to reach commanded goals
     needs: ClassVar[tuple[str, ...]] = ("rewards", "discounts", "next_obs")  # of a batch, beside obs and actions
+    acting: ClassVar[tuple[str, ...]] = ()  # fields that matter when acting alone: an evaluation may change them
     seeds: Count = 1
     period: Count = 1000
     batch: Count = 256
@@ -243,7 +244,14 @@ class OfflineLearner(Assessed):
         world = config.task.world() if isinstance(config.task, OfflineTask) else config.task
         if self.part.goals and isinstance(world, ControlTask) and not isinstance(world, GoalTask):
             raise UserError(f"task {world.label()} commands no goals; this run learnt to reach them")
+        part = config.recipe
+        changed = [f.name for f in fields(part) if f.name != "evaluation" and getattr(part, f.name) != getattr(self.part, f.name)]
+        if fixed := [name for name in changed if name not in part.acting]:
+            raise UserError(f"{fixed[0]}: a trained {part.part_name} is evaluated as it was trained; an evaluation may change {', '.join(('evaluation', *part.acting))}")
         super().evaluate_as(config, best)
+        if changed:
+            kept = (self.policy() if self.loaded is None else self.loaded).data()
+            self.loaded = Policy.from_data(kept | {"recipe": to_config(part)}, str(self.run.folder))
 
     # ---- checkpoints
 

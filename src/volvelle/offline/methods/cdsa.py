@@ -79,6 +79,7 @@ class CDSA(BuiltRecipe, Offline):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("next_obs",)
+    acting: ClassVar[tuple[str, ...]] = ("action_step", "state_step", "level", "gradient", "keep", "rounds", "threshold")
     base: BasePolicy = RunBase()
     sampler: BatchSampler = StatePairs()
     network: Network = MLP(hidden=(128, 128), activation="silu")

@@ -13,7 +13,7 @@ Measured on 3x3 grids, 2400 steps: joint learning adds .52 (.26 to .78), the bea
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,7 @@ class JOWA(Offline):
     evaluation `randomness` of the actions are random.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("rewards", "terminated", "mask")
+    needs, acting = ("rewards", "terminated", "mask"), ("planner", "context", "randomness")
     batch: Count = 512
     sampler: BatchSampler = Segments()
     tokeniser: FrameTokeniser = VQVAE()

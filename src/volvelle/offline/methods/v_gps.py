@@ -17,7 +17,7 @@ the policy worse.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -138,6 +138,7 @@ class VGPS(BuiltRecipe, Offline):
     if not the environment's; primitives: actions that are always among the candidates.
     """
 
+    acting: ClassVar[tuple[str, ...]] = ("candidates", "beta", "score")
     base: BasePolicy = RunBase()
     critic: Recipe = CalQL()
     sampler: BatchSampler = Demonstrations()
