@@ -19,7 +19,7 @@ import structlog  # noqa: E402
 structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 
 import d3rlpy  # noqa: E402
-from d3rlpy.algos import CQLConfig, IQLConfig, TD3PlusBCConfig  # noqa: E402
+from d3rlpy.algos import AWACConfig, BCConfig, CQLConfig, IQLConfig, TD3PlusBCConfig  # noqa: E402
 from d3rlpy.algos.utility import build_scalers_with_transition_picker  # noqa: E402
 from d3rlpy.models.encoders import VectorEncoderFactory  # noqa: E402
 from d3rlpy.preprocessing import MinMaxActionScaler, StandardObservationScaler  # noqa: E402
@@ -28,10 +28,14 @@ saved = np.load(job["data"], allow_pickle=False)
 dataset = d3rlpy.dataset.MDPDataset(saved["observations"], saved["actions"], saved["rewards"], saved["terminals"], saved["timeouts"],
                                     action_space=d3rlpy.ActionSpace.CONTINUOUS)
 scaler = MinMaxActionScaler(minimum=saved["low"], maximum=saved["high"])
-three = VectorEncoderFactory([256, 256, 256])
+small = job.get("small")  # {"hidden": ..., "batch": ..., "lr": ...} instead of the defaults
+two, three = (VectorEncoderFactory(small["hidden"] if small else layers) for layers in ([256, 256], [256, 256, 256]))
+both = {"action_scaler": scaler, "actor_encoder_factory": two, "critic_encoder_factory": two}
 CONFIG = {
-    "iql": lambda: IQLConfig(action_scaler=scaler),
-    "td3-bc": lambda: TD3PlusBCConfig(action_scaler=scaler, observation_scaler=StandardObservationScaler()),
+    "bc": lambda: BCConfig(action_scaler=scaler, encoder_factory=two),
+    "iql": lambda: IQLConfig(**both, value_encoder_factory=two),
+    "td3-bc": lambda: TD3PlusBCConfig(**both, observation_scaler=StandardObservationScaler()),
+    "awac": lambda: AWACConfig(**both),
     "cql": lambda: CQLConfig(action_scaler=scaler, actor_encoder_factory=three, critic_encoder_factory=three, actor_learning_rate=1e-4, temp_learning_rate=1e-4,
                              alpha_learning_rate=0.0, alpha_threshold=0.0, conservative_weight=10.0),
 }
@@ -39,7 +43,11 @@ CONFIG = {
 
 def algorithm(seed: int):
     d3rlpy.seed(seed)
-    made = CONFIG[job["method"]]().create(device="cpu:0")
+    config = CONFIG[job["method"]]()
+    for name in ("learning_rate", "actor_learning_rate", "critic_learning_rate", "temp_learning_rate"):
+        if small and hasattr(config, name):
+            setattr(config, name, small["lr"])
+    made = config.create(device="cpu:0")
     build_scalers_with_transition_picker(made, dataset)
     made.build_with_dataset(dataset)
     return made
@@ -48,7 +56,7 @@ def algorithm(seed: int):
 def updates(algo, count: int) -> None:
     """What d3rlpy's fit does in every step, without its logging and progress bar."""
     for _ in range(count):
-        algo.update(dataset.sample_transition_batch(256))
+        algo.update(dataset.sample_transition_batch(small["batch"] if small else 256))
 
 
 def timed(function, count: int) -> dict:

@@ -18,7 +18,9 @@ from volvelle.core.verbs import configure  # noqa: E402
 # d3rlpy's settings, in volvelle's words; the defaults agree in the rest
 SAME = {
     "iql": ["decay=false", "network.init=torch", "value_network.init=torch"],
+    "bc": ["head=none", "optimiser.lr=1e-3"],
     "td3-bc": [],
+    "awac": [],
     "cql": ["actor_optimiser.lr=1e-4", "alpha_optimiser.lr=1e-4"],
 }
 
@@ -39,9 +41,25 @@ def speed() -> dict:
     return {"per_second": job["count"] / wall, "per_cpu_second": job["count"] / cpu}
 
 
+PARTS = {  # of every recipe: its networks, its optimisers
+    "bc": (["network"], ["optimiser"]),
+    "td3-bc": (["network"], ["actor_optimiser", "critic_optimiser"]),
+    "iql": (["network", "value_network"], ["actor_optimiser", "critic_optimiser", "value_optimiser"]),
+    "awac": (["network"], ["actor_optimiser", "critic_optimiser"]),
+    "cql": (["network"], ["actor_optimiser", "critic_optimiser", "alpha_optimiser"]),
+}
+
+
+def small() -> list[str]:
+    """The sizes of the score runs in place of the defaults."""
+    networks, optimisers = PARTS[job["method"]]
+    made = [f"{n}.hidden={job['small']['hidden']}" for n in networks] + [f"{n}.lr={job['small']['lr']}" for n in optimisers]
+    return [*(w for w in SAME[job["method"]] if ".lr=" not in w), *made, f"batch={job['small']['batch']}"]
+
+
 def score() -> dict:
     made = volvelle.train(f"offline/{job['method']}", task=f"offline:{job['folder']}", steps=1, seed=0, folder=Path(tempfile.mkdtemp()) / "run", device="cpu",
-                          overrides=[*SAME[job["method"]], f"seeds={job['seeds']}", f"period={job['count']}", "evaluation.episodes=20"], checkpoint_every=0)
+                          overrides=[*small(), f"task.env={job['env']}", f"seeds={job['seeds']}", f"period={job['count']}", "evaluation.episodes=20"], checkpoint_every=0)
     return {"returns": [made.result["metrics"][f"return@{s}"] for s in range(job["seeds"])], "seconds": made.result["seconds"]}
 
 

@@ -3,8 +3,8 @@
     python benchmarks/offline.py [speed|seeds|scores ...] [--rounds 3] [--threads 1,2] [--seeds 5] [--only iql,cql] [--json FILE]
 
 speed: gradient updates per second at batch 256, drawing the batch included, on 20,000 random steps of HalfCheetah-v5. seeds: what five seeds as one model
-cost, against five runs of one. scores: returns after equal updates on 20,000 recorded steps of Pendulum-v1 (medium-replay; 20 greedy episodes, mean over
-seeds with its 95 % t interval); a side that is in the file already is not run again. d3rlpy gets an environment of its own (made on the first call, under
+cost, against five runs of one. scores: returns after equal updates on 20,000 recorded steps of Pendulum-v1, once each of several qualities (two layers of
+64, batches of 128, learning rates of 1e-3; 20 greedy episodes, mean over seeds with its 95 % t interval); a side that is in the file already is not run again. d3rlpy gets an environment of its own (made on the first call, under
 the user's cache). Both sides run in turn, each in a fresh process, at every thread count given; each side's best thread count is reported.
 """
 
@@ -20,32 +20,30 @@ import numpy as np
 from control import told
 from peers import Peer
 from volvelle.control.tasks import Gym
-from volvelle.offline.behaviours import PendulumSwing, Random
+from volvelle.offline.behaviours import Behaviour, PendulumSwing, Random
 from volvelle.offline.data.collect import collect
 from volvelle.offline.data.files import write_dataset
 
 D3RLPY = Peer("d3rlpy", "_offline_volvelle.py", "_offline_d3rlpy.py", made="ready-1", installs=(("torch==2.13.0",), ("torch==2.13.0", "d3rlpy==2.8.1")))  # it asks for an older Gymnasium
 SPEED = {"iql": 300, "td3-bc": 300, "cql": 30}
-SCORES = {"iql": 5000, "td3-bc": 5000, "cql": 1000}
-DATA = {
-    "speed": ("HalfCheetah-v5", Random(), "random"),
-    "scores": ("Pendulum-v1", PendulumSwing(), "medium-replay"),
-}
+SCORES = {"bc": 2000, "td3-bc": 4000, "iql": 4000, "awac": 4000, "cql": 1500}
+SMALL = {"hidden": [64, 64], "batch": 128, "lr": 1e-3}
+HALF_CHEETAH = ("HalfCheetah-v5", Random(), "random")
+PENDULUM = [("Pendulum-v1", PendulumSwing(), quality) for quality in ("medium-replay", "medium-expert")]
 
 
-def recorded(part: str, folder: Path) -> dict[str, str]:
+def recorded(name: str, behaviour: Behaviour, quality: str, folder: Path) -> dict[str, str]:
     """The same steps twice: a dataset for volvelle, plain arrays for d3rlpy."""
-    name, behaviour, quality = DATA["scores" if part == "scores" else "speed"]
     data = collect(Gym(id=name), behaviour, quality, 20_000, seed=0)
     rows = data.rows
     np.savez(folder / "arrays.npz", observations=data.fields["obs"][rows], actions=data.fields["actions"][rows], rewards=data.fields["rewards"][rows],
              terminals=data.fields["terminated"][rows], timeouts=data.fields["truncated"][rows], low=data.action_space.low, high=data.action_space.high)
-    return {"env": name, "data": str(folder / "arrays.npz"), "folder": str(write_dataset(data, folder / f"{name}.hdf5"))}
+    return {"env": name, "quality": quality, "data": str(folder / "arrays.npz"), "folder": str(write_dataset(data, folder / f"{name}.hdf5"))}
 
 
 def scores(method: str, job: dict, numbers: int, kept: dict, keep) -> dict:
     """Returns per seed of both sides; what `kept` (an earlier result) holds is taken over."""
-    kept |= {"method": method, "env": job["env"], "updates": job["count"]}
+    kept |= {"method": method, "env": job["env"], "quality": job["quality"], "updates": job["count"]}
     if not kept.get("volvelle"):
         made = D3RLPY.run("volvelle", job | {"what": "score", "threads": 1, "seeds": numbers})
         kept |= {"volvelle": made["returns"], "volvelle_seconds": made["seconds"]}
@@ -56,13 +54,13 @@ def scores(method: str, job: dict, numbers: int, kept: dict, keep) -> dict:
         kept["d3rlpy"].append(made["return"])
         kept["d3rlpy_seconds"] = kept.get("d3rlpy_seconds", 0.0) + made["seconds"]
         keep(kept)
-    print(f"{method} after {job['count']} updates: volvelle {told(kept['volvelle'])}, d3rlpy {told(kept['d3rlpy'])}", flush=True)
+    print(f"{method}, {job['quality']}, after {job['count']} updates: volvelle {told(kept['volvelle'])}, d3rlpy {told(kept['d3rlpy'])}", flush=True)
     return kept
 
 
 def table(rows: dict[str, dict]) -> str:
     lines = ["| recipe | data | updates | volvelle | d3rlpy |", "|---|---|---|---|---|"]
-    return "\n".join(lines + [f"| {r['method']} | {r['env']}, medium-replay | {r['updates']:,} | {told(r['volvelle'])} | {told(r['d3rlpy'])} |" for r in rows.values()])
+    return "\n".join(lines + [f"| {r['method']} | {r['env']}, {r['quality']} | {r['updates']:,} | {told(r['volvelle'])} | {told(r['d3rlpy'])} |" for r in rows.values()])
 
 
 def main() -> None:
@@ -74,7 +72,7 @@ def main() -> None:
     ask.add_argument("--only", help="names, separated by commas")
     ask.add_argument("--json", type=Path, help="where results are kept, and found again")
     args = ask.parse_args()
-    wanted = args.only.split(",") if args.only else list(SPEED)
+    wanted = args.only.split(",") if args.only else None
     threads = [int(t) for t in args.threads.split(",")]
     made: dict[str, dict] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
 
@@ -84,14 +82,18 @@ def main() -> None:
             args.json.write_text(json.dumps(made, indent=2) + "\n")
 
     for part in args.parts:
-        with tempfile.TemporaryDirectory() as folder:
-            data = recorded(part, Path(folder))
-            for method in wanted:
-                key, job = f"{part}/{method}", {"method": method, "count": (SCORES if part == "scores" else SPEED)[method], **data}
-                if part == "scores":
-                    keep(key, scores(method, job, args.seeds, made.get(key, {}), lambda value, key=key: keep(key, value)))
-                else:
-                    keep(key, D3RLPY.speed(method, job, "updates", args.rounds, threads) if part == "speed" else D3RLPY.seeds(method, job, args.rounds))
+        for about in PENDULUM if part == "scores" else [HALF_CHEETAH]:
+            with tempfile.TemporaryDirectory() as folder:
+                data = recorded(*about, Path(folder))
+                for method, count in (SCORES if part == "scores" else SPEED).items():
+                    if wanted is not None and method not in wanted:
+                        continue
+                    job = {"method": method, "count": count, "small": SMALL if part == "scores" else None, **data}
+                    if part == "scores":
+                        key = f"scores/{method}/{job['quality']}"
+                        keep(key, scores(method, job, args.seeds, made.get(key, {}), lambda value, key=key: keep(key, value)))
+                    else:
+                        keep(f"{part}/{method}", D3RLPY.speed(method, job, "updates", args.rounds, threads) if part == "speed" else D3RLPY.seeds(method, job, args.rounds))
     if rows := {k: v for k, v in made.items() if k.startswith("scores/")}:
         print(table(rows))
 

@@ -8,11 +8,13 @@ import torch
 import volvelle
 from volvelle.control.policy import Policy
 from volvelle.core.errors import RunStopped, UserError
+from volvelle.core.parts import part
 from volvelle.core.trainer import checkpoints
 from volvelle.offline.behaviours import FromRun, PendulumSwing, Walker
 from volvelle.offline.commands import Maze
 from volvelle.offline.data.collect import collect
 from volvelle.offline.data.files import write_dataset
+from volvelle.offline.samplers import Transitions
 from volvelle.offline.tasks import Generated
 from volvelle.control.tasks import Gym
 
@@ -121,3 +123,37 @@ def test_relabels_change_sampled_batches(tmp_path):
     made = volvelle.train(bc(relabels={"zero": Call(zero).bound(Relabel)}, period=200, batch=32, head=None), task=PENDULUM, folder=tmp_path / "run", steps=2)
     rows = PENDULUM.dataset().fields["obs"][None, :200]
     assert len(seen) == 400 and made.learner.policy().act(rows).actions.abs().mean() < 0.1
+
+
+@part("weighing")
+class Weighing(Transitions):
+    """Batches with weights of their own."""
+
+    def build(self, table, rng, batch, gamma):
+        made = super().build(table, rng, batch, gamma)
+        draw = made.draw
+        made.draw = lambda: draw() | {"weights": torch.ones(rng.uniform(batch).shape)}
+        return made
+
+
+@pytest.mark.parametrize("method, task, sampler, told", [
+    ("iql", PENDULUM, "recorded-actions", "sampler=recorded-actions: its batches have no discounts, next_obs, which implicit-q learns from; accepted: transitions"),
+    ("td3-bc", PENDULUM, "recorded-actions", "no discounts, next_obs, which td3-bc learns from"),
+    ("dual-rl", PENDULUM, "state-pairs", "no rewards, discounts, which"),
+    ("gciql", MAZE, "goal-transitions", "no value_goals, actor_goals, rewards, masks, which goal-implicit-q learns from; accepted: goals"),
+    ("hiql", MAZE, "goals", "two levels need goals for both; accepted: subgoals, options"),
+    ("iql", PENDULUM, "weighing", "its batches have weights, which implicit-q does not heed"),
+])
+def test_a_sampler_that_gives_too_little_or_weights_is_refused_in_one_line(method, task, sampler, told, tmp_path):
+    with pytest.raises(UserError) as error:
+        train(method, task, tmp_path / "run", [f"sampler={sampler}"])
+    assert told in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_critic_that_needs_returns_says_so(tmp_path):
+    with pytest.raises(UserError, match="its batches have no returns, which value-guided learns from; accepted: labelled-demonstrations"):
+        volvelle.train("v-gps", task=PENDULUM, folder=tmp_path / "run", overrides=[f"base={__name__}:still", "sampler=transitions"], steps=1)
+
+
+def still(observations):
+    return np.zeros((len(observations), 1), np.float32)

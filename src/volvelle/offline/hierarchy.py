@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -141,6 +143,7 @@ class Hierarchical(Reaching):
     high level's value over sampler.steps steps, and `oracle_success`, that of the low policy led by true subgoals.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("value_goals", "low_goals", "high_goals", "high_targets", "rewards", "masks", "next_obs")
     sampler: BatchSampler = Subgoals()
     level: Level = 0.7
     width: Count = 10

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
@@ -16,13 +16,13 @@ from volvelle.control.envs import probe
 from volvelle.control.evaluation import Evaluation, Evaluator
 from volvelle.control.learner import Assessed, Count
 from volvelle.control.normalise import ObservationNormaliser
-from volvelle.control.policy import Deciding
+from volvelle.control.policy import Deciding, Policy
 from volvelle.control.slots import ControlTask, Relabel
 from volvelle.control.spaces import Spec
 from volvelle.control.speed import keep_freed_memory
 from volvelle.control.stacked import Streams
 from volvelle.core.errors import RunStopped, UserError
-from volvelle.core.parts import Recipe
+from volvelle.core.parts import Recipe, to_config
 from volvelle.core.tasks import Task
 
 from .commands import GoalTask
@@ -57,6 +57,8 @@ class Offline(Recipe):
 
     wing: ClassVar[str] = "offline"
     goals: ClassVar[bool] = False  # whether it learns to reach commanded goals
+    needs: ClassVar[tuple[str, ...]] = ("rewards", "discounts", "next_obs")  # of a batch, beside obs and actions
+    acting: ClassVar[tuple[str, ...]] = ()  # fields that matter when acting alone: an evaluation may change them
     seeds: Count = 1
     period: Count = 1000
     batch: Count = 256
@@ -96,6 +98,7 @@ class GoalOffline(Offline):
     """Base of the recipes that learn to reach commanded goals: their policies meet state and goal side by side."""
 
     goals: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("value_goals", "actor_goals", "rewards", "masks", "next_obs")
     sampler: BatchSampler = Goals()
 
     def check(self, recipe):
@@ -150,6 +153,9 @@ class OfflineLearner(Assessed):
         self.agent = part.agent(run, self.spec, self.data)
         self.size = self.agent.size
         self.gradient_steps = 0
+        self.first: dict[str, Any] | None = self.sampler.draw()  # the first batch, looked at before anything is written
+        if not self.relabels:
+            self.fit(self.first)
 
     def spec_of(self, task: OfflineTask) -> Spec:
         """What the agent acts on: the dataset's observations, with the goal behind them for recipes with goals. UserError if the environment has others."""
@@ -179,12 +185,23 @@ class OfflineLearner(Assessed):
 
     def learn(self) -> dict[str, Any]:
         """One sampled batch, one update."""
-        batch = self.sampler.draw()
+        batch, self.first = self.sampler.draw() if self.first is None else self.first, None
         for relabel in self.relabels.values():
             batch = relabel(batch)
+        if self.relabels and not self.gradient_steps:
+            self.fit(batch)
         made = self.agent.update(batch)
         self.gradient_steps += 1
         return made
+
+    def fit(self, batch: dict[str, Any]) -> None:
+        """UserError if a batch lacks what the recipe learns from, or has weights, which no offline recipe heeds."""
+        part = self.part
+        name, usual = part.sampler.part_name, type(part).__dataclass_fields__["sampler"].default.part_name
+        if missing := [k for k in ("obs", "actions", *part.needs) if k not in batch]:
+            raise UserError(f"sampler={name}: its batches have no {', '.join(missing)}, which {part.part_name} learns from; accepted: {usual}, or a sampler that gives them")
+        if "weights" in batch:
+            raise UserError(f"sampler={name}: its batches have weights, which {part.part_name} does not heed; accepted: batches without them (a dataset's field of that name: rename it)")
 
     def module_policy(self) -> Deciding:
         return self.agent.module
@@ -227,7 +244,14 @@ class OfflineLearner(Assessed):
         world = config.task.world() if isinstance(config.task, OfflineTask) else config.task
         if self.part.goals and isinstance(world, ControlTask) and not isinstance(world, GoalTask):
             raise UserError(f"task {world.label()} commands no goals; this run learnt to reach them")
+        part = config.recipe
+        changed = [f.name for f in fields(part) if f.name != "evaluation" and getattr(part, f.name) != getattr(self.part, f.name)]
+        if fixed := [name for name in changed if name not in part.acting]:
+            raise UserError(f"{fixed[0]}: a trained {part.part_name} is evaluated as it was trained; an evaluation may change {', '.join(('evaluation', *part.acting))}")
         super().evaluate_as(config, best)
+        if changed:
+            kept = (self.policy() if self.loaded is None else self.loaded).data()
+            self.loaded = Policy.from_data(kept | {"recipe": to_config(part)}, str(self.run.folder))
 
     # ---- checkpoints
 
@@ -238,3 +262,5 @@ class OfflineLearner(Assessed):
         if state["dataset"] != self.data.fingerprint:
             raise RunStopped(f"the checkpoint was made with another dataset than {self.data.label()} now is; its contents have changed")
         self.gradient_steps = state["gradient_steps"]
+        if self.gradient_steps:
+            self.first = None

@@ -225,3 +225,16 @@ def test_state_pairs_are_neighbours():
     assert isinstance(made.part.sampler, StatePairs) and set(batch) == {"obs", "next_obs", "actions"}
     gap = (batch["next_obs"] - batch["obs"]) / 0.05 - batch["actions"]                # actuator noise of deviation 0.2 alone
     assert gap.abs().max() < 1.2 and gap.std().item() == pytest.approx(0.2, abs=0.06)
+
+
+def test_the_degree_of_caution_changes_without_retraining(tmp_path):
+    """One run, evaluated with other steps: no correction is the base policy, and what was learnt is not for change."""
+    made = volvelle.train("cdsa", task="detour-top", steps=1, seed=0, folder=tmp_path / "run", overrides=["base=volvelle.offline.hazards:straight", "period=400", "evaluation.episodes=5"])
+    same = volvelle.evaluate(tmp_path / "run")
+    assert same["return"] == pytest.approx(made.result["metrics"]["return"])
+    plain = volvelle.evaluate(tmp_path / "run", overrides=["action_step=0", "state_step=0"])
+    bare = volvelle.train("cdsa", task="detour-top", steps=1, seed=0, folder=tmp_path / "bare",
+                          overrides=["base=volvelle.offline.hazards:straight", "period=1", "evaluation.episodes=5", "action_step=0", "state_step=0"])
+    assert plain["return"] == bare.result["metrics"]["return"] < same["return"]
+    with pytest.raises(UserError, match="sigma_high: a trained density-correction is evaluated as it was trained; an evaluation may change evaluation, action_step, state_step"):
+        volvelle.evaluate(tmp_path / "run", overrides=["sigma_high=2"])

@@ -9,7 +9,7 @@ Source: for the best-episodes form and its scores see the comparison in arXiv 21
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -65,6 +65,7 @@ class _Recorded:
 class BC(Offline):
     """head: none for a deterministic policy and squared error (mean over batch and action dimensions)."""
 
+    needs: ClassVar[tuple[str, ...]] = ()
     sampler: BatchSampler = RecordedActions()
     network: Network = MLP(hidden=(256, 256), activation="relu")
     head: PolicyHead | None = AroundMean()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -78,6 +78,8 @@ class CDSA(BuiltRecipe, Offline):
     keep: weight of the base action; rounds: corrections in a row, the noise falling to sigma_low; threshold: no correction where |sigma^2 g| is smaller.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("next_obs",)
+    acting: ClassVar[tuple[str, ...]] = ("action_step", "state_step", "level", "gradient", "keep", "rounds", "threshold")
     base: BasePolicy = RunBase()
     sampler: BatchSampler = StatePairs()
     network: Network = MLP(hidden=(128, 128), activation="silu")

@@ -17,7 +17,7 @@ Source: arXiv 2302.08560, and for the members arXiv 1912.02074, 2106.10783, 2102
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,7 @@ class _WithStarts(_Transitions):
 class Dual(Offline):
     """reward: "recorded", "discriminator" (log-odds of a classifier of expert against data pairs) or "none"; alpha: weight of the divergence."""
 
+    needs: ClassVar[tuple[str, ...]] = ("discounts", "next_obs", "initial_obs")
     sampler: BatchSampler = TransitionsAndStarts()
     reward: Reward = "recorded"
     divergence: Divergence = ChiSquare()

@@ -10,6 +10,8 @@ Source: arXiv 1906.05838; form and defaults of OGBench (arXiv 2410.20092).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from volvelle.control.heads import PolicyHead
 from volvelle.control.networks import MLP, Network
 from volvelle.control.stacked import make
@@ -27,6 +29,7 @@ from ..samplers import BatchSampler
 class GCBC(GoalOffline):
     """Goals of the actor come from `sampler.actor_*`: by default uniform in the rest of the trajectory."""
 
+    needs: ClassVar[tuple[str, ...]] = ("actor_goals",)
     batch: int = 1024
     sampler: BatchSampler = Goals()
     network: Network = MLP(hidden=(512, 512, 512), activation="gelu", init="fan-avg")

@@ -78,6 +78,7 @@ class JOWA(Offline):
     evaluation `randomness` of the actions are random.
     """
 
+    needs, acting = ("rewards", "terminated", "mask"), ("planner", "context", "randomness")
     batch: Count = 512
     sampler: BatchSampler = Segments()
     tokeniser: FrameTokeniser = VQVAE()
@@ -151,8 +152,7 @@ class JOWAAgent:
         for game, legal in enumerate(getattr(world, "legal", ())):
             self.module.body.legal[game] = torch.isin(torch.arange(spec.actions.codes[0]), torch.tensor(legal))
         self.net = run.register("body", Grouped("body", self.module.body, part.world_optimiser, run.device, scale=part.q_lr_scale))
-        learnt = any(p.requires_grad for p in self.module.tokeniser.parameters())
-        self.tokeniser = run.model("tokeniser", self.module.tokeniser, part.tokeniser_optimiser if learnt else None)
+        self.tokeniser = run.model("tokeniser", (t := self.module.tokeniser), part.tokeniser_optimiser if any(p.requires_grad for p in t.parameters()) else None)
         self.target = run.lagged(_Head(self.module.body), every=part.target_every, name="target")
         self.imagined = run.start("imagination", part.imagination)
         self.dropout, self.streams = run.torch_rng("dropout", run.seed), Streams(run, "mixture", 1)

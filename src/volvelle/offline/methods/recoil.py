@@ -19,7 +19,7 @@ recoil-apart had not got there yet (.08): its values first rise around the demon
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -64,6 +64,7 @@ class ReCOIL(ImplicitQ):
     """form: "bounded" or "dual" (see above); top: none means 2 / (1 - gamma); share: b, the expert's part of the mixture, and divergence, for form=dual;
     contrast: weight of mean V(dataset) - mean V(expert) in V's loss (the authors have it with the expectile)."""
 
+    needs: ClassVar[tuple[str, ...]] = ("discounts", "next_obs")
     sampler: BatchSampler = Demonstrations()
     value_network: Network = MLP(hidden=(256, 256), activation="relu", layer_norm=True, init="orthogonal")
     maximum: Maximum = Gumbel(beta=2.0, clip=7.0)

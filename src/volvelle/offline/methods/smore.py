@@ -16,7 +16,7 @@ The claim: two rooms with one gap, 200 random walks of 50 steps that keep their 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -126,6 +126,7 @@ class SMORe(GoalOffline, ImplicitQ):
     """form: see above; top: none means 2 / (1 - gamma); regulariser: weight that keeps scores small (stable, plain); share: b, and divergence (dual);
     gradient_penalty: weight of mean max(|dS/da| - 1, 0)^2."""
 
+    needs: ClassVar[tuple[str, ...]] = ("goals", "next_obs", "entering_obs", "entering_next_obs", "entering_goals", "entering_actions")
     sampler: BatchSampler = GoalTransitions()
     network: Network = MLP(hidden=(256, 256, 256), activation="relu", init="orthogonal")
     value_network: Network = MLP(hidden=(256, 256, 256), activation="relu", layer_norm=True, init="orthogonal")

@@ -17,7 +17,7 @@ the policy worse.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -138,6 +138,7 @@ class VGPS(BuiltRecipe, Offline):
     if not the environment's; primitives: actions that are always among the candidates.
     """
 
+    acting: ClassVar[tuple[str, ...]] = ("candidates", "beta", "score")
     base: BasePolicy = RunBase()
     critic: Recipe = CalQL()
     sampler: BatchSampler = Demonstrations()
@@ -147,6 +148,10 @@ class VGPS(BuiltRecipe, Offline):
     score: Literal["min", "mean"] = "min"
     units: Scale | None = None
     primitives: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (*Offline.needs, "returns") if isinstance(self.critic, CalQL) and self.critic.calibrate else Offline.needs
 
     def check(self, recipe):
         super().check(recipe)
