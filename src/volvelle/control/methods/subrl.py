@@ -12,7 +12,7 @@ Source: arXiv 2307.13372. The authors' tabular code weighs log pi by F(s_0 ... s
 E[grad log pi(a_i) F(s_{i+1} | s_0..s_i)], not of grad J: credit=prefix is theirs, credit=myopic the same with less variance, credit=reward-to-go
 the paper's. Their modular arm on grids is pays=modular (ModPO), in the arena pays=cumulative.
 
-The claim: about twice ModPO on all four walks; in the square (80 steps) seeds lie too far apart to tell marginal from cumulative coverage.
+The claims: about twice ModPO on all four walks; in the square marginal gains cover more than cumulative coverage in most runs, but some collapse: inconclusive.
 Plain REINFORCE on all of F, with the same baseline, was as good as SubPO on 24 steps of coverage.
 """
 
