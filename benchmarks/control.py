@@ -43,6 +43,8 @@ SCORES = {
     "dqn-breakout": {"method": "dqn", "env": "MinAtar/Breakout-v1", "count": 100_000},
     "ppo-hopper": {"method": "ppo", "env": "Hopper-v5", "count": 102_400},
     "ppo-halfcheetah": {"method": "ppo", "env": "HalfCheetah-v5", "count": 102_400},
+    "sac-halfcheetah": {"method": "sac", "env": "HalfCheetah-v5", "count": 10_000},
+    "td3-halfcheetah": {"method": "td3", "env": "HalfCheetah-v5", "count": 10_000},
 }
 
 
