@@ -244,7 +244,7 @@ homeostasis = Claim(
          "its fall without a stock to see",
     arms={"d-eta-n": regulating, "deviation": Arm(dqn(**dqn_of), task=resources.replace(pays="deviation")), "drive": Arm(dqn(**dqn_of), task=resources.replace(pays="drive")),
           "blind": Arm(dqn(**dqn_of), task=resources.replace(pays="drive", shown=False))},
-    task=resources, steps=30, seeds=5, equal="environment steps", minutes=8, quick={"steps": 2, "seeds": 2}, run={"checkpoint_every": 0},
+    task=resources, steps=30, seeds=10, first_seed=10, equal="environment steps", minutes=8, quick={"steps": 2, "seeds": 2}, run={"checkpoint_every": 0},
     expects=("d-eta-n < deviation on miss", "d-eta-n < blind on miss", "d-eta-n <= drive + 0.25 on miss"))
 
 method("d-eta-n-homeostasis", regulating, title="Keep several quantities at their set points, by deep Q-learning with the stock", source="arXiv 2501.13028", claim=homeostasis)
