@@ -73,10 +73,14 @@ class Blocks:
         found.update(zip(self.numbers, numbers.unbind(-1)))
         return found
 
+    def packed(self, rows: Tensor) -> dict[str, Tensor]:
+        """The packed fields of the rows [...] (seed, time and environment in one number)."""
+        return self.columns(torch.index_select(self.pack.view(-1, self.pack.shape[-1]), 0, rows.view(-1)).view(*rows.shape, -1))
+
     def gather(self, rows: Tensor) -> dict[str, Any]:
         """All fields of the rows [S, B] (seed, time and environment in one number), observations as one value."""
         flat, shape = rows.view(-1), rows.shape
-        found = self.columns(torch.index_select(self.pack.view(-1, self.pack.shape[-1]), 0, flat).view(*shape, -1))
+        found = self.packed(rows)
         for k, t in self.loose.items():
             found[k] = torch.index_select(t.view(-1, *t.shape[3:]), 0, flat).view(*shape, *t.shape[3:])
         for name, parts in self.parts.items():
@@ -191,8 +195,7 @@ class Replay:
         newest = (self.added - 1) % self.length
         left = (newest - rows // self.count) % self.length                                      # steps after this row
         steps = window.reshape(self.seeds, -1) + self.starts
-        pack = torch.index_select(self.blocks.pack.view(-1, self.blocks.pack.shape[-1]), 0, torch.from_numpy(steps).view(-1)).view(*window.shape, -1)
-        rewards, terminated, ended = map(self.blocks.columns(pack).get, ("rewards", "terminated", "ended"))
+        rewards, terminated, ended = map(self.blocks.packed(torch.from_numpy(steps).view(window.shape)).get, ("rewards", "terminated", "ended"))
         ended = (ended > 0) | torch.from_numpy(ahead >= left[..., None])
         total, discount, last = n_step(rewards, terminated > 0, ended, self.gamma)
         return total, discount, torch.gather(torch.from_numpy(window), -1, last.unsqueeze(-1)).squeeze(-1)

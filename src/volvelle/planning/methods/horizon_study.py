@@ -123,12 +123,16 @@ def learner_steps(task: TabularTask, recipe: ControlRecipe, seeds: int, seed: in
 
 
 # ---- the study --------------------------------------------------------------------------------------------------------------------------
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rho of a and b [P]; not a number where one side does not vary."""
+    return float(spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else np.nan
+
+
 def correlation(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, resamples: int = 2000) -> tuple[float, float, float]:
     """(Spearman's rho of a and b [P], and the 95 % percentile bootstrap over the problems). Resamples in which one side does not vary are left out."""
-    rho = lambda i: spearmanr(a[i], b[i]).statistic if np.ptp(a[i]) and np.ptp(b[i]) else np.nan  # noqa: E731
-    drawn = [rho(rng.integers(len(a), size=len(a))) for _ in range(resamples)]
+    drawn = [spearman(a[i], b[i]) for i in rng.integers(len(a), size=(resamples, len(a)))]
     drawn = [d for d in drawn if np.isfinite(d)] or [np.nan]
-    return (float(rho(np.arange(len(a)))), *map(float, np.percentile(drawn, [2.5, 97.5])))
+    return (spearman(a, b), *map(float, np.percentile(drawn, [2.5, 97.5])))
 
 
 class _Live:
@@ -170,15 +174,16 @@ class _Live:
             sqirl = taken[:, : len(self.part.depths)].min(1)
             for name, steps in (("sqirl", sqirl), ("q", taken[:, -2]), ("learner", taken[:, -1])):
                 solved = steps <= self.part.budget
-                made = {f"solved_{name}": solved.mean(), f"foretold_{name}": correlation(cost, steps, np.random.default_rng(s), 1)[0]}
+                made = {f"solved_{name}": solved.mean(), f"foretold_{name}": spearman(cost, steps)}
                 if near.any() and not near.all():
                     made |= {f"solved_{name}_near": solved[near].mean(), f"solved_{name}_far": solved[~near].mean(), f"fall_{name}": solved[near].mean() - solved[~near].mean()}
                 if name != "sqirl":
                     both = solved & (sqirl <= self.part.budget)
                     made |= dict(zip((f"spearman_{name}", f"spearman_{name}_from", f"spearman_{name}_to"), correlation(sqirl, steps, np.random.default_rng(s))))
-                    made[f"both_{name}"] = correlation(sqirl[both], steps[both], np.random.default_rng(s), 1)[0] if both.sum() > 2 else np.nan
-                made |= {f"steps_{p}_{name}": n for p, n in zip(self.tasks, steps)} | {f"near_k_{p}": f[1] for p, f in zip(self.tasks, facts)}
+                    made[f"both_{name}"] = spearman(sqirl[both], steps[both]) if both.sum() > 2 else np.nan
+                made |= {f"steps_{p}_{name}": n for p, n in zip(self.tasks, steps)}
                 found |= {k + end: float(v) for k, v in made.items() if np.isfinite(v)}
+            found |= {f"near_k_{p}{end}": float(f[1]) for p, f in zip(self.tasks, facts) if np.isfinite(f[1])}
         return found
 
     def product(self):
