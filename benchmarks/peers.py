@@ -44,7 +44,8 @@ class Peer:
     def run(self, side: str, job: dict) -> dict:
         """The job in a fresh process of that side; what its last line of output says."""
         program = [sys.executable, str(HERE / self.ours)] if side == "volvelle" else [str(self.python()), str(HERE / self.theirs)]
-        env = os.environ | {"OMP_NUM_THREADS": str(job["threads"]), "OMP_WAIT_POLICY": "PASSIVE"}
+        waiting = "ACTIVE" if job["threads"] > 1 else "PASSIVE"  # threads that spin are the fastest where nothing else runs; on a shared machine give --threads 1
+        env = os.environ | {"OMP_NUM_THREADS": str(job["threads"]), "OMP_WAIT_POLICY": waiting}
         done = subprocess.run([*program, json.dumps(job)], env=env, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{side} failed on {job}:\n{done.stderr[-3000:]}")
