@@ -29,7 +29,6 @@ SCORE = {
     "td3": ["actor_optimiser.lr=1e-3", "critic_optimiser.lr=1e-3", "warmup=1000"], "sac-discrete": ["entropy_share=0.3"], "reinforce": [],
 }
 BREAKOUT = ["network.hidden=[128]", "replay.batch=32", "replay.capacity=100000", "optimiser.lr=2.5e-4", "copy_every=1000", "epsilon_share=0.1", "epsilon_end=0.01"]
-ACROBOT = ["value.low=-100", "value.high=0"]  # of C51
 PERIOD = {"ppo": 2048, "a2c": 80, "reinforce": 1}
 
 
@@ -61,7 +60,7 @@ def speed() -> dict:
 
 def score() -> dict:
     method = job["method"]
-    chosen = {w.partition("=")[0]: w for w in [*SCORE[method], *(BREAKOUT if "Breakout" in job["env"] else []), *(ACROBOT if method == "c51" and "Acrobot" in job["env"] else [])]}.values()  # the later ones count
+    chosen = {w.partition("=")[0]: w for w in [*SCORE[method], *(BREAKOUT if "Breakout" in job["env"] else []), *job.get("more", [])]}.values()  # the later ones count
     made = volvelle.train(f"control/{method}", task=job["env"], steps=-(-job["count"] // PERIOD.get(method, 1000)), seed=0, folder=Path(tempfile.mkdtemp()) / "run",
                           overrides=[*chosen, f"seeds={job['seeds']}", "evaluation.episodes=20"],
                           checkpoint_every=0)

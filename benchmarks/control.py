@@ -40,7 +40,7 @@ SCORES = {
     "sac-pendulum": {"method": "sac", "env": "Pendulum-v1", "count": 6000},
     "td3-pendulum": {"method": "td3", "env": "Pendulum-v1", "count": 6000},
     "a2c-acrobot": {"method": "a2c", "env": "Acrobot-v1", "count": 120_000},
-    "c51-acrobot": {"method": "c51", "env": "Acrobot-v1", "count": 50_000, "peer": False},
+    "c51-acrobot": {"method": "c51", "env": "Acrobot-v1", "count": 50_000, "peer": False, "more": ["value.low=-100", "value.high=0"]},
     "qr-dqn-acrobot": {"method": "qr-dqn", "env": "Acrobot-v1", "count": 50_000},
     "a2c-lunarlander": {"method": "a2c", "env": "LunarLander-v3", "count": 120_000},
     "dqn-lunarlander": {"method": "dqn", "env": "LunarLander-v3", "count": 100_000},
