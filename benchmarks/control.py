@@ -2,7 +2,8 @@
 
     python benchmarks/control.py [speed|seeds|scores ...] [--rounds 3] [--threads 1,2] [--seeds 5] [--only ppo-cartpole,sac] [--json FILE]
 
-speed: environment steps per second of PPO (8 environments), gradient updates per second of SAC and DQN (batch 256).
+speed: environment steps per second of PPO (8 environments), gradient updates per second of SAC and DQN (batch 256); compiled
+rows: volvelle with --compile, compiling not counted.
 seeds: what five seeds as one model cost, against five runs of one. scores: the table of returns of the base recipes after equal environment steps and
 with the same settings (20 greedy episodes, mean over seeds with its 95 % t interval); a side that is in the file already is not run again.
 Stable-Baselines3 gets an environment of its own (made on the first call, under the user's cache). Both sides run in turn, each in a fresh process, at
@@ -25,6 +26,7 @@ SPEED = {
     "ppo-cartpole": {"method": "ppo", "env": "CartPole-v1", "count": 16384, "unit": "environment steps"},
     "ppo-halfcheetah": {"method": "ppo", "env": "HalfCheetah-v5", "count": 8192, "unit": "environment steps"},
     "sac": {"method": "sac", "env": "HalfCheetah-v5", "count": 300, "unit": "gradient updates"},
+    "sac-compiled": {"method": "sac", "env": "HalfCheetah-v5", "count": 300, "unit": "gradient updates", "compile": True},
     "dqn": {"method": "dqn", "env": "CartPole-v1", "count": 2000, "unit": "gradient updates"},
 }
 SCORES = {

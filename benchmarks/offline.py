@@ -2,7 +2,8 @@
 
     python benchmarks/offline.py [speed|seeds|scores ...] [--rounds 3] [--threads 1,2] [--seeds 5] [--only iql,cql] [--json FILE]
 
-speed: gradient updates per second at batch 256, drawing the batch included, on 20,000 random steps of HalfCheetah-v5. seeds: what five seeds as one model
+speed: gradient updates per second at batch 256, drawing the batch included, on 20,000 random steps of HalfCheetah-v5; compiled rows: volvelle with
+--compile, compiling not counted. seeds: what five seeds as one model
 cost, against five runs of one. scores: returns after equal updates on 20,000 recorded steps of Pendulum-v1, once each of several qualities (two layers of
 64, batches of 128, learning rates of 1e-3; 20 greedy episodes, mean over seeds with its 95 % t interval); a side that is in the file already is not run again. d3rlpy gets an environment of its own (made on the first call, under
 the user's cache). Both sides run in turn, each in a fresh process, at every thread count given; each side's best thread count is reported.
@@ -25,8 +26,8 @@ from volvelle.offline.data.collect import collect
 from volvelle.offline.data.files import write_dataset
 
 D3RLPY = Peer("d3rlpy", "_offline_volvelle.py", "_offline_d3rlpy.py", made="ready-1", installs=(("torch==2.13.0",), ("torch==2.13.0", "d3rlpy==2.8.1")))  # it asks for an older Gymnasium
-SPEED = {"iql": 300, "td3-bc": 300, "cql": 30}
-SCORES = {"bc": 2000, "td3-bc": 4000, "iql": 4000, "awac": 4000, "cql": 1500}
+SPEED = {"iql": {"count": 300}, "td3-bc": {"count": 300}, "cql": {"count": 30}, **{f"{m}-compiled": {"method": m, "count": n, "compile": True} for m, n in (("iql", 300), ("cql", 30))}}
+SCORES = {"bc": {"count": 2000}, "td3-bc": {"count": 4000}, "iql": {"count": 4000}, "awac": {"count": 4000}, "cql": {"count": 1500}}
 SMALL = {"hidden": [64, 64], "batch": 128, "lr": 1e-3}
 HALF_CHEETAH = ("HalfCheetah-v5", Random(), "random")
 PENDULUM = [("Pendulum-v1", PendulumSwing(), quality) for quality in ("medium-replay", "medium-expert")]
@@ -85,15 +86,15 @@ def main() -> None:
         for about in PENDULUM if part == "scores" else [HALF_CHEETAH]:
             with tempfile.TemporaryDirectory() as folder:
                 data = recorded(*about, Path(folder))
-                for method, count in (SCORES if part == "scores" else SPEED).items():
-                    if wanted is not None and method not in wanted:
+                for name, settings in (SCORES if part == "scores" else SPEED).items():
+                    if wanted is not None and name not in wanted:
                         continue
-                    job = {"method": method, "count": count, "small": SMALL if part == "scores" else None, **data}
+                    job = {"method": name, "small": SMALL if part == "scores" else None, **settings, **data}
                     if part == "scores":
-                        key = f"scores/{method}/{job['quality']}"
-                        keep(key, scores(method, job, args.seeds, made.get(key, {}), lambda value, key=key: keep(key, value)))
+                        key = f"scores/{name}/{job['quality']}"
+                        keep(key, scores(name, job, args.seeds, made.get(key, {}), lambda value, key=key: keep(key, value)))
                     else:
-                        keep(f"{part}/{method}", D3RLPY.speed(method, job, "updates", args.rounds, threads) if part == "speed" else D3RLPY.seeds(method, job, args.rounds))
+                        keep(f"{part}/{name}", D3RLPY.speed(name, job, "updates", args.rounds, threads) if part == "speed" else D3RLPY.seeds(name, job, args.rounds))
     if rows := {k: v for k, v in made.items() if k.startswith("scores/")}:
         print(table(rows))
 

@@ -80,13 +80,13 @@ def gradients(made, batch, **changes):
     outputs = made.module(batch["obs"]).detach().requires_grad_()
     made.module.forward = lambda x: outputs
     noise = made.fresh(batch)
-    loss, logp = made.actor_loss(batch["obs"], noise, torch.full((1, 1), 0.1))
+    loss, more = made.actor_loss(batch["obs"], [noise], torch.full((1, 1), 0.1))
     grad, = torch.autograd.grad(loss.sum(), outputs)
     k = made.head.experts
     with torch.no_grad():
         actions, logps = made.head.every(outputs, noise)
         best = made.values_of(batch["obs"], actions).argmax(-1)
-    return grad[..., :k], grad[..., k:].unflatten(-1, (2, k)), best, logp, logps
+    return grad[..., :k], grad[..., k:].unflatten(-1, (2, k)), best, more["logp"], logps
 
 
 def test_only_the_best_expert_is_improved_and_weights_learn_from_frequencies_alone(tmp_path):
@@ -123,7 +123,7 @@ def test_compared_estimators_move_the_weights(tmp_path):
 def test_the_target_takes_the_log_probability_of_the_drawn_expert(tmp_path):
     made, batch = agent(tmp_path)
     noise = made.fresh(batch)
-    target = made.critic_loss(batch, noise, torch.full((1, 1), 0.5))[2]
+    target = made.critic_loss(batch, noise, torch.full((1, 1), 0.5))[1]["target"]
     with torch.no_grad():
         outputs = made.module(batch["next_obs"])
         actions, logps = made.head.every(outputs, noise)

@@ -61,23 +61,6 @@ class Critics:
         each = target.repeat_interleave(self.members, 0) if self.seeds > 1 else target.expand(self.members, -1)
         return self.value.loss(outputs, each).unflatten(0, (self.seeds, self.members))
 
-    def frozen(self):
-        """Context in which the critics take no gradients: for the actor's loss."""
-        return _Frozen(self.net.parameters)
-
-
-class _Frozen:
-    def __init__(self, parameters):
-        self.parameters = parameters
-
-    def __enter__(self):
-        for p in self.parameters:
-            p.requires_grad_(False)
-
-    def __exit__(self, *error):
-        for p in self.parameters:
-            p.requires_grad_(True)
-
 
 def uniform_actions(low: Tensor, high: Tensor, chance: Tensor) -> Tensor:
     """Uniform actions within the bounds from numbers in [0, 1)."""

@@ -11,6 +11,11 @@ def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
     return values.mean(-1) if weights is None else (values * weights).sum(-1) / weights.sum(-1).clamp(min=1e-8)
 
 
+def mean_over_rows(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """Losses [S, members, B] to [S]: the sum over members of the mean over rows, each times its weight [S, B] (None: 1)."""
+    return (losses if weights is None else losses * weights.unsqueeze(1)).mean(-1).sum(-1)
+
+
 def standardise(advantages: Tensor, weights: Tensor | None = None, eps: float = 1e-8) -> Tensor:
     """(A - mean) / (std + eps) per seed, with the sample (n - 1) standard deviation."""
     if weights is None:

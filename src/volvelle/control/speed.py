@@ -1,4 +1,4 @@
-"""Two levers of speed: torch.compile where there is a compiler, and a process that keeps the memory it has freed."""
+"""Levers of speed: torch.compile where there is a compiler, and a process that keeps the memory it has freed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import functools
 import shutil
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .stacked import Stacked
 
 
 @functools.cache
@@ -23,25 +30,58 @@ def keep_freed_memory() -> None:
             mallopt(-1, 1 << 29)  # M_TRIM_THRESHOLD
 
 
-def compiled(run, function: Callable) -> Callable:
-    """`function`, compiled if the run asks for it (run.compile=true, --compile) and the machine can."""
+def compiled(run, function: Callable, instead: Callable | None = None) -> Callable:
+    """`function`, compiled, if the run asks for it (run.compile=true, --compile) and the machine can; else `instead`, or the function as it is."""
+    plain = function if instead is None else instead
     if not run.config.compile:
-        return function
+        return plain
+    run.compiles = True
     if run.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         run.reporter("note: compile=true, but there is no C++ compiler here; running uncompiled")
-        return function
-    import torch
-
+        return plain
     fast, broken = torch.compile(function, dynamic=False), []
 
     def call(*arguments):
         if broken:
-            return function(*arguments)
+            return plain(*arguments)
         try:
             return fast(*arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             broken.append(True)
             run.reporter(f"note: compiling failed ({type(error).__name__}); running uncompiled")
-            return function(*arguments)
+            return plain(*arguments)
 
     return call
+
+
+def descent(run, net: Stacked, function: Callable) -> Callable:
+    """A call that adds to `net` the gradient of what `function` gives for the same arguments, and gives it back without gradient.
+
+    function: to a loss per seed [S], or to (loss, a dict of tensors). Other networks in the loss get no gradients. Compiled (see `compiled`), forward
+    and backward pass are one graph; the function must then draw no random numbers and change nothing.
+    """
+
+    def backward(*arguments):
+        loss, more = parted(function(*arguments))
+        net.backward(loss, only=True)
+        return freed(loss, more)
+
+    def graph(gradient: Tensor, *arguments):
+        loss, more = parted(function(*arguments))
+        found = torch.autograd.grad(loss.sum(), net.parameters, allow_unused=True, materialize_grads=True)
+        gradient.add_(torch.cat([g.flatten() for g in found]))
+        return freed(loss, more)
+
+    if run.config.compile:
+        torch._dynamo.config.trace_autograd_ops = True
+        made = compiled(run, graph, lambda gradient, *arguments: backward(*arguments))
+        return lambda *arguments: made(net.flat.grad, *arguments)
+    return backward
+
+
+def parted(found: Tensor | tuple[Tensor, dict]) -> tuple[Tensor, dict | None]:
+    return (found, None) if isinstance(found, Tensor) else found
+
+
+def freed(loss: Tensor, more: dict | None):
+    return loss.detach() if more is None else (loss.detach(), {k: v.detach() for k, v in more.items()})

@@ -92,10 +92,10 @@ class Stacked(Trainable):
         self.optimiser = optimiser.build([self.flat])
         self._ones = torch.ones(seeds, device=self.flat.device)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss per seed [S] (their sum: seeds share nothing), or of one number."""
+    def backward(self, loss: Tensor, only: bool = False) -> None:
+        """Add the gradient of a loss per seed [S] (their sum: seeds share nothing), or of one number; only: no other network gets one."""
         if loss.requires_grad:
-            loss.backward(self._ones if loss.numel() > 1 else None)
+            loss.backward(self._ones if loss.numel() > 1 else None, inputs=self.parameters if only else None)
 
     def step(self, scale: float = 1.0) -> float:
         """Clip, move the parameters with `scale` times the learning rate, clear. Returns the largest norm among the seeds."""

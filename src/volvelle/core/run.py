@@ -119,6 +119,7 @@ class Run:
         self.models: dict[str, Trainable | Lagged] = {}
         self.policy: Any = None
         self.reporter: Callable[[str], None] = lambda line: None
+        self.compiles = False  # whether compile=true has changed anything
         self._rngs: dict[str, Any] = {}
         self._path = ""
         self._reference: Any = None

@@ -68,12 +68,15 @@ def threads(count: int | None, learner: Any):
         torch.set_num_threads(before)
 
 
-def start(config: RunConfig, folder: Path) -> tuple[Run, Any]:
+def start(config: RunConfig, folder: Path, reporter: Callable[[str], None] | None = None) -> tuple[Run, Any]:
     """Check the configuration and start its learner; nothing is written."""
     config.recipe.validate(config.task)
     clients(config)
     run = Run(config, folder)
+    run.reporter = reporter or run.reporter
     run.learner = config.recipe.start(run)
+    if config.compile and not run.compiles:
+        run.reporter(f"note: compile=true changes nothing: {config.recipe.part_name} has no compiled form")
     if not getattr(run.learner, "in_processes", False):
         alone(f"a recipe of the {config.recipe.wing} wing")
     return run, run.learner
@@ -85,9 +88,7 @@ def train_config(config: RunConfig, folder: str | Path, resume: bool = False, pr
     folder = Path(folder)
     if processes().same(not resume and (folder / "config.yaml").exists()):
         raise UserError(f"{folder}: holds a run already; resume it, or name another folder")
-    run, learner = start(config, folder)
-    if reporter:
-        run.reporter = reporter
+    run, learner = start(config, folder, reporter)
     with threads(config.threads, learner):
         return _fit(run, learner, resume, progress or (lambda step, steps, metrics: None))
 

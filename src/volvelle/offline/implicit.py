@@ -18,6 +18,7 @@ from volvelle.control.heads import PolicyHead
 from volvelle.control.learner import Count, NonNegative, Positive
 from volvelle.control.networks import MLP, Network, Output
 from volvelle.control.spaces import Spec
+from volvelle.control.speed import descent
 from volvelle.control.stacked import make
 from volvelle.control.valueheads import MSE, ValueHead
 from volvelle.core.errors import UserError
@@ -94,6 +95,8 @@ class ImplicitAgent:
         self.critics = Critics(run, part.network, part.value, part.critic_optimiser, spec.observations, action_width(spec), 1, seeds, part.critics, part.tau)
         self.values = make(run, "values", Output(part.value_network.build(spec.observations, seeds), seeds, 1, part.value_network.init), part.value_optimiser, seeds)
         self.size = sum(p.numel() for m in (self.module, self.values.module) for p in m.parameters()) + self.critics.size
+        self.descend_values, self.descend_actor = descent(run, self.values, self.value_loss), descent(run, self.policy, self.actor_loss)
+        self.descend_critics = descent(run, self.critics.net, self.critic_loss)
 
     def v(self, observations) -> Tensor:
         """V(s), [S, B]."""
@@ -127,18 +130,15 @@ class ImplicitAgent:
         actions = action_numbers(batch["actions"], self.spec)
         q = self.target_q(batch["obs"], actions)
         before = None if self.part.fresh else self.both_values(batch)
-        loss_v = self.value_loss(batch, actions, q)
-        self.values.backward(loss_v)
+        loss_v = self.descend_values(batch, actions, q)
         self.values.step()
         here, following = self.both_values(batch) if before is None else before
-        loss_pi = self.actor_loss(batch, q - here)
-        self.policy.backward(loss_pi)
+        loss_pi = self.descend_actor(batch, q - here)
         self.policy.step()
-        loss_q = self.critic_loss(batch, actions, following)
-        self.critics.net.backward(loss_q)
+        loss_q = self.descend_critics(batch, actions, following)
         norm = self.critics.net.step()
         self.critics.target.update()
-        return {"loss/value": loss_v.detach(), "loss/actor": loss_pi.detach(), "loss/critic": loss_q.detach(), "q": q, "v": here, "gradient_norm": norm}
+        return {"loss/value": loss_v, "loss/actor": loss_pi, "loss/critic": loss_q, "q": q, "v": here, "gradient_norm": norm}
 
     def report(self, made):
         return dict(made)

@@ -284,7 +284,7 @@ def test_noise_stays_within_half_a_half_range_and_the_bounds():
     agent, batch = agent_of("dual-rl", PENDULUM, "noise=5.0")
     asked = []
     agent.critics.target.module.register_forward_pre_hook(lambda m, args: asked.append(args[1]))
-    agent.value_loss(batch, batch["actions"], torch.zeros(1, 16))
+    agent.value_loss(agent.drawn(batch, batch["actions"]), batch["actions"], torch.zeros(1, 16))
     gap = (asked[0] - batch["actions"]).abs()
     assert asked[0].abs().max() <= 2 and 0.5 < gap.max() <= 1.00001
 

@@ -128,9 +128,9 @@ def test_cql_penalises_by_hand():
     calls = []
     agent.critics.values = lambda obs, actions: calls.append((obs, actions)) or actions.sum(-1).unsqueeze(1).expand(-1, 2, -1)
     drawn = iter([(torch.full((1, 48, 1), 0.5), torch.full((1, 48), -0.3)), (torch.full((1, 48, 1), -1.0), torch.full((1, 48), 0.7))])
-    agent._draw = lambda obs, n: next(drawn)
+    agent._draw = lambda obs, noise, n: next(drawn)
     recorded = torch.zeros(1, 2, 16)
-    gap = agent.conservative(batch, recorded)
+    gap = agent.conservative(batch, recorded, agent.critic_noise(batch))
     obs, actions = calls[0]
     uniform = actions.view(1, 16, 9)[..., :3]
     assert uniform.abs().max() <= 2 and torch.equal(obs.view(1, 16, 9, 3)[:, :, 4], batch["obs"])
@@ -140,9 +140,9 @@ def test_cql_penalises_by_hand():
 
 def test_cql_leaves_entropy_out_of_the_backup_and_tunes_the_multiplier():
     agent, batch = agent_of("cql", PENDULUM, "samples=2", "weight=0.0")
-    noise = agent.fresh(batch)
-    losses, _, target = agent.critic_loss(batch, noise, agent.alpha)
-    actions, _ = agent.head.draw(agent.module(batch["next_obs"]), noise)
+    noise = agent.critic_noise(batch)
+    losses, made = agent.critic_loss(batch, noise, agent.alpha)
+    target, (actions, _) = made["target"], agent.head.draw(agent.module(batch["next_obs"]), noise["target"])
     assert torch.allclose(target, batch["rewards"] + batch["discounts"] * agent.critics.target_values(batch["next_obs"], actions).amin(1))
     assert torch.allclose(losses, (agent.critics.values(batch["obs"], batch["actions"]) - target.unsqueeze(1)).square(), rtol=1e-4)
     tuned, batch = agent_of("cql", PENDULUM, "samples=2", "threshold=-100.0")

@@ -148,8 +148,8 @@ def test_scores_ask_for_recorded_actions_only_and_values_come_from_the_m_just_mo
     asked, seen = [], []
     for module in (agent.critics.net.module, agent.critics.target.module):
         module.register_forward_pre_hook(lambda m, args: asked.append(args[1]))
-    inner = agent.critic_loss
-    agent.critic_loss = lambda b, actions, following: seen.append((agent.v(b["next_obs"]).detach(), following)) or inner(b, actions, following)
+    inner = agent.descend_critics
+    agent.descend_critics = lambda b, actions, following: seen.append((agent.v(b["next_obs"]).detach(), following)) or inner(b, actions, following)
     made = agent.update(batch)
     assert torch.equal(asked[0], batch["actions"]) and torch.equal(asked[1], torch.cat([batch["actions"], batch["entering_actions"]], 1)) and len(asked) == 2
     assert torch.equal(*seen[0]) and torch.isfinite(made["loss/critic"]).all()

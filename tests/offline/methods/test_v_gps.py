@@ -71,11 +71,11 @@ def critic_agent(recipe):
 def test_the_conservative_term_by_hand(fields, wanted):
     agent, batch = critic_agent(CalQL(samples=2, network=SMALL.critic.network, **fields))
     draws = iter([(torch.zeros(1, 2, 2), torch.tensor([[0.2, -1.0]])), (torch.zeros(1, 2, 2), torch.tensor([[-0.5, 0.3]]))])
-    agent._draw = lambda observations, n: next(draws)                                 # the policy at s', then at s
+    agent._draw = lambda observations, noise, n: next(draws)                                 # the policy at s', then at s
     q = torch.tensor([-4.0, -1.0, -5.0, -1.5, -3.0, -2.5])
     agent.critics.values = lambda obs, actions: q.expand(1, 2, 6)
     batch["returns"] = torch.tensor([[-2.2]])
-    gap = agent.conservative(batch, torch.full((1, 2, 1), -2.0)).flatten().tolist()
+    gap = agent.conservative(batch, torch.full((1, 2, 1), -2.0), agent.critic_noise(batch)).flatten().tolist()
     lifted = torch.tensor([-4.0, -1.0, -2.2, -1.5, -2.2, -2.2])
     if wanted is None:                                                                # the recorded action joins in, and their number is taken off
         wanted = float(torch.cat([lifted, torch.tensor([-2.0])]).logsumexp(0)) - math.log(7) + 2
@@ -88,8 +88,8 @@ def test_the_backup_is_the_best_sample_of_the_smaller_critic():
     agent, batch = critic_agent(CalQL(samples=2, network=SMALL.critic.network))
     agent.critics.target_values = lambda obs, actions: torch.tensor([[[1.0, 5.0], [2.0, 3.0]]])
     batch["rewards"], batch["discounts"] = torch.tensor([[-1.0]]), torch.tensor([[0.98]])
-    _, _, target = agent.critic_loss(batch, agent.fresh(batch), agent.alpha)
-    assert target.item() == near(-1 + 0.98 * 3)                                       # not 5, nor min(5, 3) of the means
+    _, made = agent.critic_loss(batch, agent.critic_noise(batch), agent.alpha)
+    assert made["target"].item() == near(-1 + 0.98 * 3)                                       # not 5, nor min(5, 3) of the means
 
 
 def test_choice_by_hand():

@@ -104,10 +104,10 @@ def test_the_targets_follow_the_utility_and_carry_no_gradient(tmp_path, lottery)
         net.net.out.bias[:] = torch.tensor([[[2.0, 2.0, 0.0, 5.0]]])
     batch = {"obs": torch.zeros(1, 2, 3), "next_obs": torch.tensor([[[1.0, 0.5, -3.0], [1.0, 0.5, -6.0]]]), "actions": torch.zeros(1, 2, dtype=torch.long),
              "rewards": torch.tensor([[1.0, 1.0]]), "discounts": torch.ones(1, 2)}
-    losses, _, made = learner.agent.loss(batch)
-    assert made[0].tolist() == [[3.0, 3.0], [1.0, 6.0]] and not made.requires_grad and losses.requires_grad
+    loss, made = learner.agent.loss(batch)
+    assert made["target"][0].tolist() == [[3.0, 3.0], [1.0, 6.0]] and not made["target"].requires_grad and loss.requires_grad
     batch["discounts"] = torch.zeros(1, 2)
-    assert learner.agent.loss(batch)[2][0].tolist() == [[1.0, 1.0], [1.0, 1.0]]  # after an end G = 0
+    assert learner.agent.loss(batch)[1]["target"][0].tolist() == [[1.0, 1.0], [1.0, 1.0]]  # after an end G = 0
 
 
 def test_it_learns_to_hit_a_return_and_to_react_to_the_stock(tmp_path, lottery):
@@ -210,8 +210,8 @@ def test_targets_and_stocks_of_two_components(tmp_path):
     following = torch.tensor([[[1.0, 0, 0.5, -3.0, 0.0], [1.0, 0, 0.5, 0.0, 3.0]]])
     batch = {"obs": torch.zeros(1, 2, 5), "next_obs": following, "actions": torch.zeros(1, 2, dtype=torch.long), "rewards": torch.zeros(1, 2),
              "reward_0": torch.tensor([[2.0, 2.0]]), "reward_1": torch.tensor([[-1.0, -1.0]]), "discounts": torch.ones(1, 2)}
-    losses, _, made = learner.agent.loss(batch)
-    assert losses.shape == (1, 2) and made[0].tolist() == [[[5.0, 5.0], [-2.0, -2.0]], [[2.0, 2.0], [-1.0, -1.0]]]
+    made = learner.agent.loss(batch)[1]
+    assert made["losses"].shape == (1, 2) and made["target"][0].tolist() == [[[5.0, 5.0], [-2.0, -2.0]], [[2.0, 2.0], [-1.0, -1.0]]]
     batch = learner.replay.sample()
     made = learner.relabels["stock"](batch)
     gained = torch.stack([batch["reward_0"], batch["reward_1"]], -1)

@@ -29,7 +29,7 @@ from ..networks import CNN, MLP, Dueling, Network, Output
 from ..offpolicy import OffPolicy
 from ..policy import Deciding
 from ..spaces import Spec
-from ..speed import compiled
+from ..speed import descent
 from ..stacked import Streams, make
 from ..valueheads import MSE, ValueHead
 
@@ -115,7 +115,7 @@ class QAgent:
         self.target = run.lagged(self.net, every=None if part.tau else rounds, tau=part.tau, name="target")
         self.exploring = Streams(run, "exploring", part.seeds)
         self.size = sum(p.numel() for p in self.module.parameters())
-        self.losses = compiled(run, self.loss)
+        self.descend = descent(run, self.net, self.loss)
 
     def epsilon(self, env_steps: int) -> float:
         part = self.part
@@ -134,8 +134,8 @@ class QAgent:
             return random
         return np.where(explores, random, self.module.best(observations).cpu().numpy())
 
-    def loss(self, batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses [S, B]; without gradient the outputs of the taken actions [S, B, width] and the target:
+    def loss(self, batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss per seed [S]; the losses of rows [S, B], the outputs of the taken actions [S, B, width] and the target:
 
         r + discount * what the target network's outputs for the next action stand for.
         """
@@ -150,15 +150,17 @@ class QAgent:
         losses = part.value.loss(outputs, target)
         if part.conservative:
             losses = losses + part.conservative * conservative_gap(self.module.read(every), batch["actions"])
-        return losses, outputs.detach(), target
+        return self.weighted(batch, losses), {"losses": losses, "outputs": outputs, "target": target}
+
+    def weighted(self, batch, losses: Tensor) -> Tensor:
+        """Mean over rows [S, B] with replay's weights, per seed."""
+        return losses.mean(-1) if batch.get("weights") is None else (batch["weights"] * losses).mean(-1)
 
     def update(self, batch):
-        losses, outputs, target = self.losses(batch)
-        weights = batch.get("weights")
-        self.net.backward(losses.mean(-1) if weights is None else (weights * losses).mean(-1))
+        made = self.descend(batch)[1]
         norm = self.net.step()
         self.target.update()
-        return {"losses": losses.detach(), "outputs": outputs, "target": target, "norm": norm}
+        return made | {"norm": norm}
 
     def report(self, made):
         return {"loss": made["losses"], "q": self.part.value.value(made["outputs"]), "gradient_norm": made["norm"]}

@@ -135,16 +135,20 @@ class PMOEAgent(SACAgent):
         rows = each(lambda x: x.repeat_interleave(experts, 1), observations)
         return self.critics.values(rows, actions.flatten(1, 2)).amin(1).unflatten(1, (-1, experts))
 
-    def actor_loss(self, observations, noise: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def actor_noise(self, batch):
+        """Noise for the learning actions, and for the further ones per expert that are asked about."""
+        return [self.fresh(batch) for _ in range(self.part.samples)]
+
+    def actor_loss(self, observations, noise: list[Tensor], alpha: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Expert loss plus frequency loss, per seed; and log pi [S, B] of the improved expert."""
-        part, head = self.part, self.head
+        part, head, (noise, *further) = self.part, self.head, noise
         outputs = self.module(observations)
         actions, logps = head.every(outputs, noise)
         if part.index != "frequency":
             return self.drawn_loss(observations, outputs, actions, logps, noise, alpha)
         with torch.no_grad():
             q = self.values_of(observations, actions)
-            for more in self.extra_noise(noise):
+            for more in further:
                 q = q + self.values_of(observations, head.every(outputs, more)[0])
             best = q.argmax(-1)
         frequency = frequency_loss(head.weights(outputs), best).mean(-1)
@@ -154,13 +158,9 @@ class PMOEAgent(SACAgent):
         else:
             cost = alpha.unsqueeze(-1) * logps - self.values_of(observations, actions)
             cost = (cost if part.improve == "all" else cost * head.weights(outputs).detach()).sum(-1)
-        return cost.mean(-1) + part.frequency_weight * frequency, logp
+        return cost.mean(-1) + part.frequency_weight * frequency, {"logp": logp}
 
-    def extra_noise(self, noise: Tensor) -> list[Tensor]:
-        """Noise of the further actions per expert that are asked about."""
-        return [self.sampling.noise(self.head, noise.shape[1]).to(noise.device) for _ in range(self.part.samples - 1)]
-
-    def drawn_loss(self, observations, outputs, actions, logps, noise, alpha) -> tuple[Tensor, Tensor]:
+    def drawn_loss(self, observations, outputs, actions, logps, noise, alpha) -> tuple[Tensor, dict[str, Tensor]]:
         """The compared estimators: the loss of a drawn expert, differentiated through a relaxed draw, or by the likelihood ratio."""
         logits, gumbel = outputs[..., : self.head.experts], self.head.noise_parts(noise)[1]
         index = self.head.index(logits, gumbel)
@@ -175,7 +175,7 @@ class PMOEAgent(SACAgent):
         if self.part.index == "score":
             known = cost.detach()
             loss = loss + (chosen(logits.log_softmax(-1), index) * (known - known.mean(-1, keepdim=True))).mean(-1)
-        return loss, logp
+        return loss, {"logp": logp}
 
     def update_actor(self, batch):
         made = super().update_actor(batch)

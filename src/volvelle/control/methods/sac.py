@@ -24,7 +24,8 @@ from volvelle.core.trainable import Adam, Optimiser
 
 from ..actorcritic import Critics, uniform_actions
 from ..buffers import Uniform
-from ..speed import compiled
+from ..losses import mean_over_rows
+from ..speed import descent
 from ..heads import PolicyHead, Squashed
 from ..learner import Count, Positive
 from ..networks import MLP, Network, Output
@@ -125,26 +126,28 @@ class SoftAgent:
             self.temperature.step()
 
     def update(self, batch):
-        made = self.update_critics(batch)
+        made = self.update_critics(batch) | {"norm": self.critics.net.step()}
         if self.critics.net.steps % self.part.delay == 0:
             for _ in range(self.part.delay):
                 made |= self.update_actor(batch)
         self.critics.target.update()
         return made
 
+    def weighted(self, batch, losses: Tensor, made: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The critics' losses [S, members, B] as what is descended, per seed, with replay's weights; and all that was made on the way."""
+        return self.part.critic_weight * mean_over_rows(losses, batch.get("weights")), made | {"losses": losses}
+
     def report(self, made):
-        shown = {"loss/critic": made["losses"], "q": made["values"](), "gradient_norm": made["norm"], "alpha": self.alpha}
+        shown = {"loss/critic": made["losses"], "q": self.values_in(made), "gradient_norm": made["norm"], "alpha": self.alpha}
         return shown | ({"loss/actor": made["actor"], "entropy": -made["logp"]} if "actor" in made else {})
 
     def errors(self, made):
-        return (made["values"]() - made["target"].unsqueeze(1)).abs().mean(1)
+        return (self.values_in(made) - made["target"].unsqueeze(1)).abs().mean(1)
 
-    def _fit(self, losses: Tensor, batch) -> dict:
-        """One step on the critics' losses [S, members, B]."""
-        weights = batch.get("weights")
-        weighted = losses if weights is None else losses * weights.unsqueeze(1)
-        self.critics.net.backward(self.part.critic_weight * weighted.mean(-1).sum(-1))
-        return {"losses": losses.detach(), "norm": self.critics.net.step()}
+    def values_in(self, made) -> Tensor:
+        """The critics' values [S, members, B] behind the losses."""
+        return self.part.value.value(made["outputs"]).unflatten(0, (self.part.seeds, self.part.critics))
+
 
 
 class SACAgent(SoftAgent):
@@ -156,7 +159,8 @@ class SACAgent(SoftAgent):
         super().__init__(run, part, spec, module, spec.actions.continuous, 1, wanted)
         self.head = module.head.to(run.device)
         self.low, self.high = self.head.bias - self.head.scale, self.head.bias + self.head.scale
-        self.losses_of_critics, self.loss_of_actor = compiled(run, self.critic_loss), compiled(run, self.actor_loss)
+        self.descend_critics = descent(run, self.critics.net, lambda batch, noise, alpha: self.weighted(batch, *self.critic_loss(batch, noise, alpha)))
+        self.descend_actor = descent(run, self.policy, self.actor_loss)
 
     def noise(self, steps, envs):
         head = self.head
@@ -169,40 +173,39 @@ class SACAgent(SoftAgent):
         return self.head.sample(self.module(observations), normal).cpu().numpy()
 
     def fresh(self, batch) -> Tensor:
-        """Noise for one draw of actions for the whole batch."""
+        """Noise for one draw of actions for the whole batch: all that the critics' and the actor's loss need to be a function."""
         return self.sampling.noise(self.head, batch["rewards"].shape[1]).to(self.low.device)
 
-    def critic_loss(self, batch, noise: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses [S, members, B], and without gradient the critics' values [S, members, B] and the target [S, B]."""
+    critic_noise = actor_noise = fresh
+
+    def critic_loss(self, batch, noise: Tensor, alpha: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses [S, members, B], and the critics' outputs and the target [S, B]."""
         with torch.no_grad():
             actions, logp = self.head.draw(self.module(batch["next_obs"]), noise)
             value = self.critics.target_values(batch["next_obs"], actions).amin(1)
             target = soft_target(batch["rewards"], batch["discounts"], value, logp, alpha)
         outputs = self.critics.net.module(batch["obs"], batch["actions"])
-        return self.critics.losses(outputs, target), outputs.detach(), target
+        return self.critics.losses(outputs, target), {"outputs": outputs, "target": target}
 
-    def actor_loss(self, observations, noise: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def actor_loss(self, observations, noise: Tensor, alpha: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """mean(alpha log pi - min_k Q_k), per seed, and log pi [S, B]."""
         actions, logp = self.head.draw(self.module(observations), noise)
         value = self.critics.values(observations, actions).amin(1)
-        return (alpha * logp - value).mean(-1), logp
+        return (alpha * logp - value).mean(-1), {"logp": logp}
 
     def update_critics(self, batch):
-        losses, outputs, target = self.losses_of_critics(batch, self.fresh(batch), self.alpha)
-        return self._fit(losses, batch) | {"values": lambda: self.critics.read(outputs), "target": target}
+        return self.descend_critics(batch, self.critic_noise(batch), self.alpha)[1]
 
     def update_actor(self, batch):
-        with self.critics.frozen():
-            loss, logp = self.loss_of_actor(batch["obs"], self.fresh(batch), self.alpha)
-            self.policy.backward(loss)
+        loss, made = self.descend_actor(batch["obs"], self.actor_noise(batch), self.alpha)
         self.policy.step()
-        logp = logp.detach()
+        logp = made["logp"]
         if self.part.alpha is None:
             if self.part.alpha_fresh:
                 with torch.no_grad():
                     logp = self.head.draw(self.module(batch["obs"]), self.fresh(batch))[1]
             self.tune(logp.mean(-1) + self.target_entropy)
-        return {"actor": loss.detach(), "logp": logp}
+        return made | {"actor": loss, "logp": logp}
 
 
 sac = method("sac", SAC(warmup=5000, replay=Uniform(capacity=1_000_000, batch=256)), title="soft actor-critic", source="arXiv 1812.05905")

@@ -21,6 +21,7 @@ from volvelle.core.trainable import Adam
 from ..buffers import Uniform
 from ..networks import Output
 from ..policy import Deciding
+from ..speed import descent
 from .sac import Soft, SoftAgent
 
 
@@ -61,6 +62,7 @@ class DiscreteSACAgent(SoftAgent):
         module = part.actor(spec, part.seeds)
         wanted = part.entropy_share * float(torch.tensor(float(module.actions)).log())
         super().__init__(run, part, spec, module, 0, module.actions, wanted)
+        self.descend_critics, self.descend_actor = descent(run, self.critics.net, self.critic_loss), descent(run, self.policy, self.actor_loss)
 
     def noise(self, steps, envs):
         gumbel = torch.from_numpy(self.exploring.gumbel(steps, envs, self.module.actions)).unbind(1)
@@ -73,29 +75,34 @@ class DiscreteSACAgent(SoftAgent):
         logits = self.module.net(observations)
         return (logits + gumbel.to(logits.device)).argmax(-1).cpu().numpy()
 
-    def update_critics(self, batch):
+    def critic_loss(self, batch, alpha: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The critics' loss per seed [S], with their losses [S, members, B], outputs of the taken actions and target [S, B]."""
         with torch.no_grad():
             logps = self.module(batch["next_obs"])
             value = self.critics.target_values(batch["next_obs"]).amin(1)                              # [S, B, A]
-            soft = (logps.exp() * (value - self.alpha.unsqueeze(-1) * logps)).sum(-1)
+            soft = (logps.exp() * (value - alpha.unsqueeze(-1) * logps)).sum(-1)
             target = batch["rewards"] + batch["discounts"] * soft
         outputs = self.critics.net(batch["obs"]).unflatten(-1, (self.module.actions, -1))              # [S * members, B, A, width]
         actions = batch["actions"].repeat_interleave(self.part.critics, 0)[..., None, None].expand(-1, -1, 1, outputs.shape[-1])
         chosen = outputs.gather(-2, actions).squeeze(-2)
-        values = self.part.value.value(chosen.detach()).unflatten(0, (self.part.seeds, self.part.critics))
-        return self._fit(self.critics.losses(chosen, target), batch) | {"values": lambda: values, "target": target}
+        return self.weighted(batch, self.critics.losses(chosen, target), {"outputs": chosen, "target": target})
+
+    def actor_loss(self, observations, alpha: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """mean sum_a pi (alpha log pi - min_k Q_k), per seed, and sum_a pi log pi [S, B]."""
+        with torch.no_grad():
+            value = self.critics.values(observations).amin(1)
+        logps = self.module(observations)
+        p = logps.exp()
+        return (p * (alpha.unsqueeze(-1) * logps - value)).sum(-1).mean(-1), {"logp": (p * logps).sum(-1)}
+
+    def update_critics(self, batch):
+        return self.descend_critics(batch, self.alpha)[1]
 
     def update_actor(self, batch):
-        with torch.no_grad():
-            value = self.critics.values(batch["obs"]).amin(1)
-        logps = self.module(batch["obs"])
-        p = logps.exp()
-        loss = (p * (self.alpha.unsqueeze(-1) * logps - value)).sum(-1).mean(-1)
-        self.policy.backward(loss)
+        loss, made = self.descend_actor(batch["obs"], self.alpha)
         self.policy.step()
-        negative_entropy = (p * logps).sum(-1).detach()
-        self.tune(negative_entropy.mean(-1) + self.target_entropy)
-        return {"actor": loss.detach(), "logp": negative_entropy}
+        self.tune(made["logp"].mean(-1) + self.target_entropy)
+        return made | {"actor": loss}
 
 
 sac_discrete = method("sac-discrete", DiscreteSAC(

@@ -22,10 +22,11 @@ from volvelle.core.trainable import Adam, Optimiser
 from ..actorcritic import Critics, uniform_actions
 from ..buffers import Uniform
 from ..learner import Count, NonNegative
+from ..losses import mean_over_rows
 from ..networks import MLP, Network, Output
 from ..offpolicy import OffPolicy
 from ..policy import Deciding
-from ..speed import compiled
+from ..speed import descent
 from ..stacked import Streams, make
 from ..valueheads import MSE, ValueHead
 
@@ -99,7 +100,7 @@ class TD3Agent:
         self.critics.leader  # made here, outside anything compiled
         self.exploring, self.sampling = Streams(run, "exploring", seeds), Streams(run, "sampling", seeds)
         self.size = sum(p.numel() for p in self.module.parameters()) + self.critics.size
-        self.losses_of_critics, self.loss_of_actor = compiled(run, self.critic_loss), compiled(run, self.actor_loss)
+        self.descend_critics, self.descend_actor = descent(run, self.critics.net, self.critic_loss), descent(run, self.policy, self.actor_loss)
 
     def noise(self, steps, envs):
         return list(zip(torch.from_numpy(self.exploring.normal(steps, envs, self.width)).unbind(1),
@@ -112,8 +113,8 @@ class TD3Agent:
             return uniform_actions(actor.low, actor.high, chance).cpu().numpy()
         return actor.noisy(actor(observations), normal).cpu().numpy()
 
-    def critic_loss(self, batch, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses [S, members, B], and without gradient the critics' outputs and the target [S, B]:
+    def critic_loss(self, batch, normal: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The critics' loss per seed [S], with their losses [S, members, B], their outputs and the target [S, B]:
 
         r + discount * min_k Qbar_k(s', clip(pi_bar(s') + clipped noise)).
         """
@@ -123,7 +124,8 @@ class TD3Agent:
             smoothed = torch.addcmul(actor(batch["next_obs"]), noise, actor.scale).clamp(actor.low, actor.high)
             target = batch["rewards"] + batch["discounts"] * critics.target_values(batch["next_obs"], smoothed).amin(1)
         outputs = critics.net.module(batch["obs"], batch["actions"])
-        return critics.losses(outputs, target), outputs.detach(), target
+        losses = critics.losses(outputs, target)
+        return mean_over_rows(losses, batch.get("weights")), {"losses": losses, "outputs": outputs, "target": target}
 
     def actor_loss(self, batch) -> Tensor:
         """-mean Q_1(s, pi(s)), per seed."""
@@ -132,13 +134,10 @@ class TD3Agent:
     def update(self, batch):
         part, critics = self.part, self.critics
         normal = torch.from_numpy(self.sampling.normal(batch["rewards"].shape[1], self.width)).to(batch["rewards"].device)
-        losses, outputs, target = self.losses_of_critics(batch, normal)
-        weights = batch.get("weights")
-        critics.net.backward((losses if weights is None else losses * weights.unsqueeze(1)).mean(-1).sum(-1))
-        made = {"losses": losses.detach(), "outputs": outputs, "target": target, "norm": critics.net.step()}
+        made = self.descend_critics(batch, normal)[1]
+        made["norm"] = critics.net.step()
         if critics.net.steps % part.delay == 0:
-            made["actor"] = loss = self.loss_of_actor(batch)
-            self.policy.backward(loss)
+            made["actor"] = self.descend_actor(batch)
             self.policy.step()
             self.policy_target.refresh(part.tau)
             critics.target.refresh(part.tau)
@@ -146,7 +145,7 @@ class TD3Agent:
 
     def report(self, made):
         shown = {"loss/critic": made["losses"], "q": self.critics.read(made["outputs"]), "gradient_norm": made["norm"]}
-        return shown | ({"loss/actor": made["actor"].detach()} if "actor" in made else {})
+        return shown | ({"loss/actor": made["actor"]} if "actor" in made else {})
 
     def errors(self, made):
         return (self.critics.read(made["outputs"]) - made["target"].unsqueeze(1)).abs().mean(1)

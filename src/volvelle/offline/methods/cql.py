@@ -24,6 +24,7 @@ from volvelle.control.learner import Count, NonNegative, Positive
 from volvelle.control.methods.dqn import QNetwork
 from volvelle.control.methods.sac import Actor, SACAgent, Temperature
 from volvelle.control.networks import MLP, Network
+from volvelle.control.speed import descent
 from volvelle.control.stacked import make
 from volvelle.control.valueheads import MSE, ValueHead
 from volvelle.core.errors import UserError
@@ -89,42 +90,46 @@ class CQLAgent(SACAgent):
         super().__init__(run, part, spec)
         self.uniform = -sum(math.log(h - low) for low, h in zip(spec.actions.low, spec.actions.high))  # log density of a uniform action
         self.multiplier = make(run, "multiplier", Temperature(part.seeds, 1.0), part.weight_optimiser if part.threshold is not None else None, part.seeds)
-        self.gap: Tensor | None = None
 
-    def _draw(self, observations, count: int) -> tuple[Tensor, Tensor]:
+    def critic_noise(self, batch):
+        """Noise for the target's action (with max_target `samples` of them) and for the conservative term's: uniform, at s', at s."""
+        rows, n = batch["rewards"].shape[1], self.part.samples
+        draw = lambda count: self.sampling.noise(self.head, rows * count).to(self.low.device)
+        return {"target": draw(n if self.part.max_target else 1), "chance": torch.from_numpy(self.sampling.uniform(rows * n, self.head.size)).to(self.low.device),
+                "next_obs": draw(n), "obs": draw(n)}
+
+    @torch.no_grad()
+    def _draw(self, observations, noise: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """count policy actions per row, [S, B * count, d], with their log-probabilities [S, B * count]; no gradient."""
-        with torch.no_grad():
-            outputs = self.module(observations).repeat_interleave(count, 1)
-            return self.head.draw(outputs, self.sampling.noise(self.head, outputs.shape[1]).to(outputs.device))
+        return self.head.draw(self.module(observations).repeat_interleave(count, 1), noise)
 
     def critic_loss(self, batch, noise, alpha):
         part, critics = self.part, self.critics
         with torch.no_grad():
             if part.max_target:
-                actions, logp = self._draw(batch["next_obs"], part.samples)
+                actions, logp = self._draw(batch["next_obs"], noise["target"], part.samples)
                 value = critics.target_values(repeated(batch["next_obs"], part.samples), actions).amin(1).unflatten(-1, (-1, part.samples)).amax(-1)
                 logp = torch.zeros_like(value) if not part.backup_entropy else logp.unflatten(-1, (-1, part.samples)).mean(-1)
             else:
-                actions, logp = self.head.draw(self.module(batch["next_obs"]), noise)
+                actions, logp = self.head.draw(self.module(batch["next_obs"]), noise["target"])
                 value = critics.target_values(batch["next_obs"], actions).amin(1)
             target = batch["rewards"] + batch["discounts"] * (value - (alpha * logp if part.backup_entropy else 0.0))
         outputs = critics.net.module(batch["obs"], batch["actions"])
         losses = critics.losses(outputs, target)
-        gap = self.conservative(batch, critics.read(outputs))                                     # [S, members, B]
-        self.gap = gap.detach()
+        gap = self.conservative(batch, critics.read(outputs), noise)                              # [S, members, B]
+        made = {"outputs": outputs, "target": target, "gap": gap}
         if part.threshold is None:
-            return losses + part.weight * gap, outputs.detach(), target
+            return losses + part.weight * gap, made
         scale = self.multiplier.module.log.detach().exp().clamp(max=1e6).unsqueeze(-1)
-        return losses + scale * part.weight * (gap - part.threshold), outputs.detach(), target
+        return losses + scale * part.weight * (gap - part.threshold), made
 
-    def conservative(self, batch, recorded: Tensor) -> Tensor:
+    def conservative(self, batch, recorded: Tensor, noise: dict[str, Tensor]) -> Tensor:
         """temperature logsumexp((Q(s, a) - log density(a)) / temperature) over the three kinds of actions, minus Q(s, recorded a). [S, members, B]."""
         part, n, rows = self.part, self.part.samples, batch["rewards"].shape[1]
-        chance = torch.from_numpy(self.sampling.uniform(rows * n, self.head.size)).to(self.low.device)
-        actions = [uniform_actions(self.low, self.high, chance)]
-        logps = [torch.full(actions[0].shape[:2], self.uniform, device=chance.device)]
-        for observations in (batch["next_obs"], batch["obs"]):
-            drawn, logp = self._draw(observations, n)
+        actions = [uniform_actions(self.low, self.high, noise["chance"])]
+        logps = [torch.full(actions[0].shape[:2], self.uniform, device=self.low.device)]
+        for observations in ("next_obs", "obs"):
+            drawn, logp = self._draw(batch[observations], noise[observations], n)
             actions.append(drawn)
             logps.append(logp)
         every = torch.cat([a.unflatten(1, (rows, n)) for a in actions], 2).flatten(1, 2)            # [S, B * 3n, d], row by row
@@ -143,12 +148,12 @@ class CQLAgent(SACAgent):
         made = super().update_critics(batch)
         if self.part.threshold is not None:
             weight = self.multiplier.module.log.squeeze(-1).exp().clamp(max=1e6)
-            self.multiplier.backward(-weight * self.part.weight * (self.gap - self.part.threshold).mean((-1, -2)))
+            self.multiplier.backward(-weight * self.part.weight * (made["gap"] - self.part.threshold).mean((-1, -2)))
             self.multiplier.step()
         return made
 
     def report(self, made):
-        return super().report(made) | {"gap": self.gap}
+        return super().report(made) | {"gap": made["gap"]}
 
 
 class DiscreteAgent:
@@ -159,9 +164,10 @@ class DiscreteAgent:
         self.net = make(run, "q", self.module, part.critic_optimiser, part.seeds)
         self.target = run.lagged(self.net, tau=part.tau, name="target")
         self.size = sum(p.numel() for p in self.module.parameters())
+        self.descend = descent(run, self.net, self.loss)
 
-    def loss(self, batch) -> tuple[Tensor, Tensor]:
-        """TD loss + weight (logsumexp_a Q(s, a) - Q(s, recorded a)) per row [S, B], and the gap [S, B]."""
+    def loss(self, batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over rows of TD loss + weight (logsumexp_a Q(s, a) - Q(s, recorded a)), per seed, and the gap [S, B]."""
         net, part = self.module, self.part
         with torch.no_grad():
             best = net.pick(self.target.module(batch["next_obs"]), net.values(batch["next_obs"]).argmax(-1))
@@ -169,14 +175,13 @@ class DiscreteAgent:
         outputs = net(batch["obs"])
         chosen = net.pick(outputs, batch["actions"])
         gap = conservative_gap(net.read(outputs), part.value.value(chosen))
-        return part.value.loss(chosen, target) + part.weight * gap, gap.detach()
+        return (part.value.loss(chosen, target) + part.weight * gap).mean(-1), {"gap": gap}
 
     def update(self, batch):
-        loss, gap = self.loss(batch)
-        self.net.backward(loss.mean(-1))
+        loss, made = self.descend(batch)
         norm = self.net.step()
         self.target.update()
-        return {"loss": loss.detach(), "gap": gap, "gradient_norm": norm}
+        return made | {"loss": loss, "gradient_norm": norm}
 
     def report(self, made):
         return dict(made)

@@ -20,6 +20,7 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from volvelle.control.actorcritic import uniform_actions
 from volvelle.control.learner import Count, NonNegative
@@ -98,17 +99,24 @@ class FDVLAgent(ImplicitAgent):
             raise UserError(f"random_actions, noise, gradient_penalty: need continuous actions with bounds; this task has {spec.actions.describe()}")
         self.low, self.high = (torch.tensor(b) for b in (spec.actions.low, spec.actions.high))
 
+    def drawn(self, batch, actions: Tensor):
+        """The batch with the random numbers of one loss of V."""
+        part, (rows, width), made = self.part, actions.shape[1:], {}
+        if part.noise:
+            made["noise"] = torch.from_numpy(self.drawing.normal(rows, width)).to(actions.device)
+        if part.random_actions:
+            made["chance"] = torch.from_numpy(self.drawing.uniform(rows * part.random_actions, width)).to(actions.device)
+        return batch | made
+
     def value_loss(self, batch, actions, q):
         part, obs = self.part, batch["obs"]
         low, high = self.low.to(actions.device), self.high.to(actions.device)
         if part.noise:
-            step = torch.from_numpy(self.drawing.normal(*actions.shape[1:])).to(actions.device) * part.noise
-            q = self.target_q(obs, (actions + step.clamp(-0.5, 0.5) * (high - low) / 2).clamp(low, high))
+            q = self.target_q(obs, (actions + (batch["noise"] * part.noise).clamp(-0.5, 0.5) * (high - low) / 2).clamp(low, high))
         x = q - self.v(obs)
         if part.random_actions:
-            chance = torch.from_numpy(self.drawing.uniform(q.shape[1] * part.random_actions, len(low))).to(actions.device)
             states = repeated(obs, part.random_actions)
-            x = torch.cat([x, self.target_q(states, uniform_actions(low, high, chance)) - self.v(states)], -1)
+            x = torch.cat([x, self.target_q(states, uniform_actions(low, high, batch["chance"])) - self.v(states)], -1)
         return part.maximum.loss(x).mean(-1)
 
     def critic_loss(self, batch, actions, following):
@@ -118,11 +126,11 @@ class FDVLAgent(ImplicitAgent):
         return loss
 
     def update(self, batch):
+        actions = action_numbers(batch["actions"], self.spec)
         for _ in range(self.part.value_updates - 1):
-            actions = action_numbers(batch["actions"], self.spec)
-            self.values.backward(self.value_loss(batch, actions, self.target_q(batch["obs"], actions)))
+            self.descend_values(self.drawn(batch, actions), actions, self.target_q(batch["obs"], actions))
             self.values.step()
-        return super().update(batch)
+        return super().update(self.drawn(batch, actions))
 
 
 # --------------------------------------------------------------------------------------------------------------- recipes and claim

@@ -182,7 +182,7 @@ class SMOReAgent(ImplicitAgent):
         elif part.form == "plain":
             loss = plain_loss(entering, offline, following, gamma, part.regulariser)
         elif part.form == "discriminator":
-            target = self.rewards(batch["obs"], batch["entering_obs"], every) + gamma * following
+            target = batch["rewards"] + gamma * following
             loss = 0.5 * (offline - target.unsqueeze(1)).square().mean(-1).sum(-1)
         else:
             with torch.no_grad():
@@ -202,7 +202,11 @@ class SMOReAgent(ImplicitAgent):
             "entering_actions": batch["entering_actions"]}
 
     def update(self, batch):
-        return super().update(self.parts(batch))
+        made = self.parts(batch)
+        if self.part.form == "discriminator":
+            every = torch.cat([action_numbers(made[k], self.spec) for k in ("actions", "entering_actions")], 1)
+            made["rewards"] = self.rewards(made["obs"], made["entering_obs"], every)
+        return super().update(made)
 
 
 # --------------------------------------------------------------------------------------------------------------- recipe and claim

@@ -196,7 +196,8 @@ class StockAgent(QAgent):
             target = part.value.backup(self.apart(best), rewards_of(batch, m), batch["discounts"] if m == 1 else batch["discounts"].unsqueeze(-1))
         outputs = self.module.pick(self.module(batch["obs"]), batch["actions"])
         losses = part.value.loss(self.apart(outputs), target)
-        return losses if m == 1 else losses.sum(-1), outputs.detach(), target
+        losses = losses if m == 1 else losses.sum(-1)
+        return self.weighted(batch, losses), {"losses": losses, "outputs": outputs, "target": target}
 
     def apart(self, outputs):
         return outputs if self.module.m == 1 else outputs.unflatten(-1, (self.module.m, -1))  # [S, B, N], or [S, B, m, N]
