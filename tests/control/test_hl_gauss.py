@@ -76,12 +76,13 @@ def test_the_target_is_the_reward_plus_the_greatest_mean_of_the_next_state(tmp_p
     made = volvelle.train("dqn", task=lambda: Counter(5), folder=tmp_path / "run", overrides=[*Q, "value=hl-gauss", "value.low=0", "value.high=20"], steps=1, seed=0)
     agent = made.learner.agent
     batch = made.learner.replay.sample(0)
-    losses, _, target = agent.loss(batch)
+    loss, made = agent.loss(batch)
+    target = made["target"]
     with torch.no_grad():
         probabilities = agent.target.module(batch["next_obs"]).unflatten(-1, (2, 51)).softmax(-1)
     means = (probabilities * (torch.arange(51) + 0.5) * 20 / 51).sum(-1)
     assert torch.allclose(target, batch["rewards"] + batch["discounts"] * means.amax(-1), atol=1e-4)
-    assert not target.requires_grad and losses.requires_grad
+    assert not target.requires_grad and loss.requires_grad
 
 
 @pytest.mark.parametrize("method, task, overrides", [
@@ -98,7 +99,8 @@ def test_two_critics_take_the_minimum_of_means_and_the_policy_gets_its_gradient_
         "period=100", "warmup=50", "every=10", "replay.capacity=500", "replay.batch=16", "value.low=-4", "value.high=1", *SMALL])
     agent, batch = made.learner.agent, made.learner.replay.sample(0)
     noise = agent.fresh(batch)
-    losses, outputs, target = agent.critic_loss(batch, noise, agent.alpha)
+    losses, more = agent.critic_loss(batch, noise, agent.alpha)
+    outputs, target = more["outputs"], more["target"]
     assert losses.shape == (1, 2, 16) and outputs.shape == (2, 16, 101)
     with torch.no_grad():
         actions, logp = agent.head.draw(agent.module(batch["next_obs"]), noise)
