@@ -58,8 +58,10 @@ def small() -> list[str]:
 
 
 def score() -> dict:
-    made = volvelle.train(f"offline/{job['method']}", task=f"offline:{job['folder']}", steps=1, seed=0, folder=Path(tempfile.mkdtemp()) / "run", device="cpu",
-                          overrides=[*small(), f"task.env={job['env']}", f"seeds={job['seeds']}", f"period={job['count']}", "evaluation.episodes=20"], checkpoint_every=0)
+    alike = ["task.env.unit_actions=true", "mode_target=true"] if job.get("alike") else []
+    folder = job["unit_folder" if alike else "folder"]
+    made = volvelle.train(f"offline/{job['method']}", task=f"offline:{folder}", steps=1, seed=0, folder=Path(tempfile.mkdtemp()) / "run", device="cpu",
+                          overrides=[*small(), f"task.env={job['env']}", *alike, f"seeds={job['seeds']}", f"period={job['count']}", "evaluation.episodes=20"], checkpoint_every=0)
     return {"returns": [made.result["metrics"][f"return@{s}"] for s in range(job["seeds"])], "seconds": made.result["seconds"]}
 
 

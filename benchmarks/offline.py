@@ -5,7 +5,7 @@
 speed: gradient updates per second at batch 256, drawing the batch included, on 20,000 random steps of HalfCheetah-v5; compiled rows: volvelle with
 --compile, compiling not counted. seeds: what five seeds as one model
 cost, against five runs of one. scores: returns after equal updates on 20,000 recorded steps of Pendulum-v1, once each of several qualities (two layers of
-64, batches of 128, learning rates of 1e-3; 20 greedy episodes, mean over seeds with its 95 % t interval); a side that is in the file already is not run again. d3rlpy gets an environment of its own (made on the first call, under
+64, batches of 128, learning rates of 1e-3; 20 greedy episodes, mean over seeds with its 95 % t interval); a side that is in the file already is not run again; cql-alike: with d3rlpy's units of actions and its mode in the target. d3rlpy gets an environment of its own (made on the first call, under
 the user's cache). Both sides run in turn, each in a fresh process, at every thread count given; each side's best thread count is reported.
 """
 
@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from control import told
+from gymnasium.spaces import Box
 from peers import Peer
 from volvelle.control.tasks import Gym
 from volvelle.offline.behaviours import Behaviour, PendulumSwing, Random
@@ -27,7 +29,7 @@ from volvelle.offline.data.files import write_dataset
 
 D3RLPY = Peer("d3rlpy", "_offline_volvelle.py", "_offline_d3rlpy.py", made="ready-1", installs=(("torch==2.13.0",), ("torch==2.13.0", "d3rlpy==2.8.1")))  # it asks for an older Gymnasium
 SPEED = {"iql": {"count": 300}, "td3-bc": {"count": 300}, "cql": {"count": 30}, **{f"{m}-compiled": {"method": m, "count": n, "compile": True} for m, n in (("iql", 300), ("cql", 30))}}
-SCORES = {"bc": {"count": 2000}, "td3-bc": {"count": 4000}, "iql": {"count": 4000}, "awac": {"count": 4000}, "cql": {"count": 1500}}
+SCORES = {"bc": {"count": 2000}, "td3-bc": {"count": 4000}, "iql": {"count": 4000}, "awac": {"count": 4000}, "cql": {"count": 1500}, "cql-alike": {"method": "cql", "count": 1500, "alike": True}}
 SMALL = {"hidden": [64, 64], "batch": 128, "lr": 1e-3}
 HALF_CHEETAH = ("HalfCheetah-v5", Random(), "random")
 PENDULUM = [("Pendulum-v1", PendulumSwing(), quality) for quality in ("medium-replay", "medium-expert")]
@@ -39,7 +41,10 @@ def recorded(name: str, behaviour: Behaviour, quality: str, folder: Path) -> dic
     rows = data.rows
     np.savez(folder / "arrays.npz", observations=data.fields["obs"][rows], actions=data.fields["actions"][rows], rewards=data.fields["rewards"][rows],
              terminals=data.fields["terminated"][rows], timeouts=data.fields["truncated"][rows], low=data.action_space.low, high=data.action_space.high)
-    return {"env": name, "quality": quality, "data": str(folder / "arrays.npz"), "folder": str(write_dataset(data, folder / f"{name}.hdf5"))}
+    low, high = data.action_space.low, data.action_space.high
+    unit = replace(data, action_space=Box(-1.0, 1.0, low.shape, np.float32), fields={**data.fields, "actions": (2 * (data.fields["actions"] - low) / (high - low) - 1).astype(np.float32)})
+    return {"env": name, "quality": quality, "data": str(folder / "arrays.npz"), "folder": str(write_dataset(data, folder / f"{name}.hdf5")),
+            "unit_folder": str(write_dataset(unit, folder / f"{name}-unit.hdf5"))}
 
 
 def scores(method: str, job: dict, numbers: int, kept: dict, keep) -> dict:
@@ -91,8 +96,9 @@ def main() -> None:
                         continue
                     job = {"method": name, "small": SMALL if part == "scores" else None, **settings, **data}
                     if part == "scores":
-                        key = f"scores/{name}/{job['quality']}"
-                        keep(key, scores(name, job, args.seeds, made.get(key, {}), lambda value, key=key: keep(key, value)))
+                        key, same = f"scores/{name}/{job['quality']}", made.get(f"scores/{job['method']}/{job['quality']}", {})
+                        kept = made.get(key) or {k: same[k] for k in ("d3rlpy", "d3rlpy_seconds") if k in same and name != job["method"]}  # the peer's run is the same
+                        keep(key, scores(name, job, args.seeds, kept, lambda value, key=key: keep(key, value)))
                     else:
                         keep(f"{part}/{name}", D3RLPY.speed(name, job, "updates", args.rounds, threads) if part == "speed" else D3RLPY.seeds(name, job, args.rounds))
     if rows := {k: v for k, v in made.items() if k.startswith("scores/")}:

@@ -96,6 +96,15 @@ def test_continuous_actions_are_clipped_at_the_environment_only():
     assert seen == [1.0] and actions[0, 0] == 5.0
 
 
+def test_actions_in_units_are_stretched_to_the_bounds():
+    plain, unit = (gym_task.make() for gym_task in (Gym(id="Pendulum-v1"), Gym(id="Pendulum-v1", unit_actions=True)))
+    assert unit.action_space.low.tolist() == [-1.0] and unit.action_space.high.tolist() == [1.0]
+    firsts = [env.reset(seed=3)[0] for env in (plain, unit)]
+    assert np.array_equal(*firsts) and np.allclose(plain.step(np.float32([1.5]))[0], unit.step(np.float32([0.75]))[0], atol=1e-6)
+    with pytest.raises(UserError, match="unit_actions=true: needs continuous actions"):
+        Gym(id="CartPole-v1", unit_actions=True).make()
+
+
 def test_declared_info_is_gathered_and_missing_info_is_named():
     made = envs(lambda: Counter(3), count=2, keys=("factor",))
     made.step(np.array([0, 0]))

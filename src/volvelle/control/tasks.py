@@ -45,13 +45,15 @@ def register(name: str) -> None:
 class Gym(ControlTask):
     """An environment of Gymnasium's registry, by its id.
 
-    kwargs: passed to gymnasium.make; time_limit: steps per episode (None: what the id declares); frames: stack that many last images.
+    kwargs: passed to gymnasium.make; time_limit: steps per episode (None: what the id declares); frames: stack that many last images;
+    unit_actions: the policy's continuous actions lie in [-1, 1] and are stretched to the environment's bounds.
     """
 
     id: str = "CartPole-v1"
     kwargs: dict[str, Any] = field(default_factory=dict)
     time_limit: Annotated[int, Field(gt=0)] | None = None
     frames: Annotated[int, Field(ge=1)] = 1
+    unit_actions: bool = False
 
     def label(self):
         return self.id.rpartition(":")[2]
@@ -66,7 +68,15 @@ class Gym(ControlTask):
             raise UserError(f"task {self.label()}: {first_line(error)}") from error
         except TypeError as error:
             raise UserError(f"task.kwargs={self.kwargs}: {first_line(error)}") from error
+        if self.unit_actions:
+            env = self.stretched(env)
         return gym.wrappers.FrameStackObservation(env, self.frames) if self.frames > 1 else env
+
+    def stretched(self, env: gym.Env) -> gym.Env:
+        space = env.action_space
+        if not isinstance(space, gym.spaces.Box) or not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+            raise UserError(f"task.unit_actions=true: needs continuous actions with finite bounds; {self.label()} has {space}")
+        return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
 @part("atari")
@@ -88,6 +98,8 @@ class Atari(Gym):
             raise UserError(f"task {self.label()}: {first_line(error)}") from error
         if self.time_limit:
             env = gym.wrappers.TimeLimit(env, self.time_limit)
+        if self.unit_actions:
+            env = self.stretched(env)
         if training:
             env = gym.wrappers.TransformReward(Lives(env), np.sign)
         if "FIRE" in env.unwrapped.get_action_meanings():

@@ -151,6 +151,15 @@ def test_cql_leaves_entropy_out_of_the_backup_and_tunes_the_multiplier():
     assert tuned.multiplier.module.log.item() > before                    # the gap is above the threshold: the multiplier must rise
 
 
+def test_cqls_target_may_take_the_mode():
+    agent, batch = agent_of("cql", PENDULUM, "samples=2", "mode_target=true")
+    made = agent.critic_loss(batch, agent.critic_noise(batch), agent.alpha)[1]
+    value = agent.critics.target_values(batch["next_obs"], agent.module.best(batch["next_obs"])).amin(1)
+    assert torch.allclose(made["target"], batch["rewards"] + batch["discounts"] * value)
+    with pytest.raises(UserError, match="mode_target=true: the mode is one action"):
+        agent_of("cql", PENDULUM, "mode_target=true", "max_target=true")
+
+
 def test_awac_compares_with_the_policys_own_actions():
     agent, batch = agent_of("awac", PENDULUM, "samples=4")
     agent.act = lambda obs: torch.zeros(1, obs.shape[1], 1)

@@ -41,8 +41,8 @@ class CQL(Offline):
     """weight: of the conservative term; samples: actions of each kind in its logsumexp; temperature: of the logsumexp.
 
     threshold: None, or the gap that the Lagrange multiplier (cut at 1e6) tunes towards. backup_entropy: SAC's entropy in the target. max_target: the
-    best of `samples` policy actions in the target. importance: values less log densities in the logsumexp; false: the values and the recorded action's,
-    less log of their number. Discrete actions use network, value, critic_optimiser, tau and weight only.
+    best of `samples` policy actions in the target; mode_target: the policy's mode there instead of one sample. importance: values less log densities in
+    the logsumexp; false: the values and the recorded action's, less log of their number. Discrete actions use network, value, critic_optimiser, tau and weight only.
     """
 
     network: Network = MLP(hidden=(256, 256, 256), activation="relu")
@@ -67,6 +67,7 @@ class CQL(Offline):
     weight_optimiser: Optimiser = Adam(lr=3e-4, clip=None)
     backup_entropy: bool = False
     max_target: bool = False
+    mode_target: bool = False
     importance: bool = True
     epsilon_end: float = 0.0
     dueling: bool = False
@@ -75,6 +76,8 @@ class CQL(Offline):
         super().check(recipe)
         if not self.value.scalar:
             raise UserError(f"value={self.value.part_name} learns a return distribution; the conservative term is of numbers; accepted: mse, huber, hl-gauss, two-hot")
+        if self.mode_target and (self.max_target or self.backup_entropy):
+            raise UserError("mode_target=true: the mode is one action without a log-probability; accepted: max_target=false and backup_entropy=false")
 
     def actor(self, spec, seeds):
         return QNetwork(self, spec, seeds) if spec.actions.kind == "discrete" else Actor(self, spec, seeds)
@@ -112,6 +115,7 @@ class CQLAgent(SACAgent):
                 logp = torch.zeros_like(value) if not part.backup_entropy else logp.unflatten(-1, (-1, part.samples)).mean(-1)
             else:
                 actions, logp = self.head.draw(self.module(batch["next_obs"]), noise["target"])
+                actions = self.module.best(batch["next_obs"]) if part.mode_target else actions
                 value = critics.target_values(batch["next_obs"], actions).amin(1)
             target = batch["rewards"] + batch["discounts"] * (value - (alpha * logp if part.backup_entropy else 0.0))
         outputs = critics.net.module(batch["obs"], batch["actions"])
