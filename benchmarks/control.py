@@ -28,6 +28,7 @@ SPEED = {
     "sac": {"method": "sac", "env": "HalfCheetah-v5", "count": 300, "unit": "gradient updates"},
     "sac-compiled": {"method": "sac", "env": "HalfCheetah-v5", "count": 300, "unit": "gradient updates", "compile": True},
     "dqn": {"method": "dqn", "env": "CartPole-v1", "count": 2000, "unit": "gradient updates"},
+    "dqn-compiled": {"method": "dqn", "env": "CartPole-v1", "count": 2000, "unit": "gradient updates", "compile": True},
 }
 SCORES = {
     "ppo-cartpole": {"method": "ppo", "env": "CartPole-v1", "count": 61_440},

@@ -49,7 +49,7 @@ def test_descent_gives_gradients_to_one_network_only(tmp_path):
     for net in (one, other):
         torch.nn.init.ones_(net.module.weight)
     x = torch.randn(2, 4, 3)
-    down = descent(run, one, lambda x: (other.module(one.module(x).expand(-1, -1, 3)).mean((-1, -2)), {"made": one.module(x)}))
+    down = descent(run, one, lambda x: (other.module(one.module(x).expand(-1, -1, 3)).mean((-1, -2)), {"made": one.module(x)}), through=True)
     loss, more = down(x)
     assert loss.shape == (2,) and not loss.requires_grad and not more["made"].requires_grad
     assert torch.allclose(one.module.weight.grad.squeeze(-1), 3 * x.mean(1)) and other.flat.grad.abs().max() == 0

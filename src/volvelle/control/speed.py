@@ -54,16 +54,17 @@ def compiled(run, function: Callable, instead: Callable | None = None) -> Callab
     return call
 
 
-def descent(run, net: Stacked, function: Callable) -> Callable:
+def descent(run, net: Stacked, function: Callable, through: bool = False) -> Callable:
     """A call that adds to `net` the gradient of what `function` gives for the same arguments, and gives it back without gradient.
 
-    function: to a loss per seed [S], or to (loss, a dict of tensors). Other networks in the loss get no gradients. Compiled (see `compiled`), forward
-    and backward pass are one graph; the function must then draw no random numbers and change nothing.
+    function: to a loss per seed [S], or to (loss, a dict of tensors). through: the loss goes through other networks that learn, and they get no gradient
+    (as a policy's loss goes through critics). Compiled (see `compiled`), forward and backward pass are one graph; the function must then draw no random
+    numbers and change nothing.
     """
 
     def backward(*arguments):
         loss, more = parted(function(*arguments))
-        net.backward(loss, only=True)
+        net.backward(loss, only=through)
         return freed(loss, more)
 
     def graph(gradient: Tensor, *arguments):

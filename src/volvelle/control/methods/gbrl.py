@@ -169,7 +169,7 @@ class BoostedLearner(OnPolicyLearner):
 
     def __init__(self, run, part):
         super().__init__(run, part)
-        self.loss = self._loss  # nothing of a tree compiles
+        self.loss, run.compiles = self._loss, False  # nothing of a tree compiles
         if part.anneal:
             for forest in self.net.module.forests.values():
                 forest.anneal(self.planned())

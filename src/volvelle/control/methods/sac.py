@@ -160,7 +160,7 @@ class SACAgent(SoftAgent):
         self.head = module.head.to(run.device)
         self.low, self.high = self.head.bias - self.head.scale, self.head.bias + self.head.scale
         self.descend_critics = descent(run, self.critics.net, lambda batch, noise, alpha: self.weighted(batch, *self.critic_loss(batch, noise, alpha)))
-        self.descend_actor = descent(run, self.policy, self.actor_loss)
+        self.descend_actor = descent(run, self.policy, self.actor_loss, through=True)
 
     def noise(self, steps, envs):
         head = self.head
