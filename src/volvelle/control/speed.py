@@ -74,7 +74,8 @@ def descent(run, net: Stacked, function: Callable, through: bool = False) -> Cal
         return freed(loss, more)
 
     if run.config.compile:
-        torch._dynamo.config.trace_autograd_ops = True
+        if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # before torch 2.11 the two passes are compiled apart
+            torch._dynamo.config.trace_autograd_ops = True
         made = compiled(run, graph, lambda gradient, *arguments: backward(*arguments))
         return lambda *arguments: made(net.flat.grad, *arguments)
     return backward
