@@ -9,9 +9,12 @@ from volvelle.control.stacked import Stacked
 from volvelle.core.trainable import Adam
 from volvelle.core.trainer import start
 from volvelle.core.verbs import configure
+from volvelle.offline.behaviours import Walker
+from volvelle.offline.commands import Maze
 from volvelle.offline.tasks import Generated
 
 PENDULUM = Generated(quality="medium", steps=1000)
+MAZE = Generated(env=Maze(maze="small"), behaviour=Walker(), quality="navigate", steps=1000)
 SMALL = ["network.hidden=[16,16]", "seeds=2"]
 ONLINE = [*SMALL, "replay.capacity=500", "replay.batch=8", "warmup=16", "period=20", "every=4"]
 CASES = {
@@ -19,7 +22,8 @@ CASES = {
     "control/dqn": ("CartPole-v1", ["replay=prioritised", *ONLINE]),
     "offline/iql": (PENDULUM, [*SMALL, "batch=8", "period=3", "value_network.hidden=[16]"]),
     "offline/cql": (PENDULUM, [*SMALL, "batch=8", "period=3", "samples=2", "threshold=1.0"]),
-    "offline/td3-bc": (PENDULUM, [*SMALL, "batch=8", "period=3"])}
+    "offline/td3-bc": (PENDULUM, [*SMALL, "batch=8", "period=3"]), "offline/awac": (PENDULUM, [*SMALL, "batch=8", "period=3"]),
+    "offline/gcivl": (MAZE, [*SMALL, "batch=8", "period=3", "value_network.hidden=[16]"])}
 
 
 def learner(method, folder, reporter=None, **fields):
@@ -64,5 +68,5 @@ def test_what_cannot_be_compiled_is_said(tmp_path, monkeypatch):
     assert notes == ["note: compile=true, but there is no C++ compiler here; running uncompiled"]
     live.step()
     notes.clear()
-    start(configure("offline/bc", PENDULUM, compile=True), tmp_path, notes.append)
-    assert notes[-1] == "note: compile=true changes nothing: behaviour-cloning has no compiled form"
+    start(configure("offline/crl", MAZE, compile=True), tmp_path, notes.append)
+    assert notes[-1] == "note: compile=true changes nothing: contrastive has no compiled form"

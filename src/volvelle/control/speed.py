@@ -54,12 +54,12 @@ def compiled(run, function: Callable, instead: Callable | None = None) -> Callab
     return call
 
 
-def descent(run, net: Stacked, function: Callable, through: bool = False) -> Callable:
+def descent(run, net: Stacked, function: Callable, through: bool = False, compilable: bool = True) -> Callable:
     """A call that adds to `net` the gradient of what `function` gives for the same arguments, and gives it back without gradient.
 
     function: to a loss per seed [S], or to (loss, a dict of tensors). through: the loss goes through other networks that learn, and they get no gradient
-    (as a policy's loss goes through critics). Compiled (see `compiled`), forward and backward pass are one graph; the function must then draw no random
-    numbers and change nothing.
+    (as a policy's loss goes through critics). Compiled (see `compiled`), forward and backward pass are one graph; compilable: the function draws no random
+    numbers and changes nothing, not even which parameters take gradients.
     """
 
     def backward(*arguments):
@@ -73,7 +73,7 @@ def descent(run, net: Stacked, function: Callable, through: bool = False) -> Cal
         gradient.add_(torch.cat([g.flatten() for g in found]))
         return freed(loss, more)
 
-    if run.config.compile:
+    if run.config.compile and compilable:
         if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # before torch 2.11 the two passes are compiled apart
             torch._dynamo.config.trace_autograd_ops = True
         made = compiled(run, graph, lambda gradient, *arguments: backward(*arguments))

@@ -18,6 +18,7 @@ from volvelle.control.heads import PolicyHead
 from volvelle.control.learner import NonNegative, Positive
 from volvelle.control.networks import MLP, Network
 from volvelle.control.spaces import Spec
+from volvelle.control.speed import descent
 from volvelle.control.stacked import Streams, joint
 from volvelle.core.errors import UserError
 from volvelle.core.parts import Part, part
@@ -146,6 +147,7 @@ class ReachingAgent:
         self.net = self.all.module
         self.targets = {k: run.lagged(Inner(k, self.net[k]), tau=part.tau, name=f"target-{k}") for k in self.lags()}
         self.size = sum(p.numel() for p in self.net.parameters())
+        self.descend = descent(run, self.all, self.total, compilable=not isinstance(getattr(part, "extraction", None), AscentAndCloning))
 
     def networks(self) -> dict[str, tuple[nn.Module, int]]:
         raise NotImplementedError
@@ -170,13 +172,17 @@ class ReachingAgent:
         """What a network of several heads says, [S, heads, B]."""
         return net(*inputs).squeeze(-1).unflatten(0, (self.seeds, -1))
 
-    def update(self, batch):
+    def total(self, batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the losses, and each."""
         losses = self.losses(batch)
-        self.all.backward(sum(losses.values()))
+        return sum(losses.values()), losses
+
+    def update(self, batch):
+        losses = self.descend(batch)[1]
         norm = self.all.step()
         for target in self.targets.values():
             target.update()
-        return {f"loss/{k}": v.detach() for k, v in losses.items()} | {"gradient_norm": norm}
+        return {f"loss/{k}": v for k, v in losses.items()} | {"gradient_norm": norm}
 
     def report(self, made):
         return dict(made)

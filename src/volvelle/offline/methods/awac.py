@@ -19,6 +19,7 @@ from volvelle.control.actorcritic import Critics
 from volvelle.control.heads import PolicyHead
 from volvelle.control.learner import Count, Positive
 from volvelle.control.networks import MLP, Network
+from volvelle.control.speed import descent
 from volvelle.control.stacked import Streams, make
 from volvelle.control.valueheads import MSE, ValueHead
 from volvelle.core.errors import UserError
@@ -70,6 +71,7 @@ class AWACAgent:
         self.critics = Critics(run, part.network, part.value, part.critic_optimiser, spec.observations, action_width(spec), 1, seeds, part.critics, part.tau)
         self.sampling = Streams(run, "sampling", seeds)
         self.size = sum(p.numel() for p in self.module.parameters()) + self.critics.size
+        self.descend_critics, self.descend_actor = descent(run, self.critics.net, self.critic_loss), descent(run, self.policy, self.actor_loss)
 
     @torch.no_grad()
     def act(self, observations) -> Tensor:
@@ -83,19 +85,25 @@ class AWACAgent:
             baseline = self.critics.values(states, self.act(states)).amin(1).unflatten(-1, (-1, self.part.samples)).mean(-1)
             return self.critics.values(batch["obs"], actions).amin(1) - baseline
 
-    def update(self, batch):
-        part, actions = self.part, action_numbers(batch["actions"], self.spec)
+    def critic_loss(self, batch, actions: Tensor, following: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum over critics of the mean loss against r + discount min Qbar(s', pi(s')), per seed; and that target [S, B]. following: pi(s')."""
         with torch.no_grad():
-            target = batch["rewards"] + batch["discounts"] * self.critics.target_values(batch["next_obs"], self.act(batch["next_obs"])).amin(1)
-        loss_q = self.critics.losses(self.critics.net(batch["obs"], actions), target).mean(-1).sum(-1)
-        self.critics.net.backward(loss_q)
+            target = batch["rewards"] + batch["discounts"] * self.critics.target_values(batch["next_obs"], following).amin(1)
+        return self.critics.losses(self.critics.net.module(batch["obs"], actions), target).mean(-1).sum(-1), {"q": target}
+
+    def actor_loss(self, batch, advantages: Tensor) -> Tensor:
+        """-mean min(exp(A / lambda), cap) log pi(a|s), per seed."""
+        weights = advantage_weights(advantages, 1 / self.part.lam, self.part.cap)
+        return -(weights * self.module.log_prob(batch["obs"], batch["actions"])).mean(-1)
+
+    def update(self, batch):
+        actions = action_numbers(batch["actions"], self.spec)
+        loss_q, made = self.descend_critics(batch, actions, self.act(batch["next_obs"]))
         norm = self.critics.net.step()
-        weights = advantage_weights(self.advantage(batch, actions), 1 / part.lam, part.cap)
-        loss_pi = -(weights * self.module.log_prob(batch["obs"], batch["actions"])).mean(-1)
-        self.policy.backward(loss_pi)
+        loss_pi = self.descend_actor(batch, self.advantage(batch, actions))
         self.policy.step()
         self.critics.target.update()
-        return {"loss/critic": loss_q.detach(), "loss/actor": loss_pi.detach(), "q": target, "gradient_norm": norm}
+        return made | {"loss/critic": loss_q, "loss/actor": loss_pi, "gradient_norm": norm}
 
     def report(self, made):
         return dict(made)

@@ -18,6 +18,7 @@ from pydantic import Field
 from volvelle.control.heads import PolicyHead
 from volvelle.control.methods.td3 import Actor
 from volvelle.control.networks import MLP, Network
+from volvelle.control.speed import descent
 from volvelle.control.stacked import Streams, make
 from volvelle.core.parts import method, part
 from volvelle.core.trainable import Adam, Optimiser
@@ -86,6 +87,7 @@ class BCAgent:
         self.part, self.module = part, part.actor(spec, part.seeds)
         self.policy = make(run, "actor", self.module, part.optimiser, part.seeds)
         self.size = sum(p.numel() for p in self.module.parameters())
+        self.descend = descent(run, self.policy, self.loss)
 
     def loss(self, batch) -> torch.Tensor:
         """Per seed: -mean log pi(a|s), or the mean squared error of the deterministic action in units of half the range."""
@@ -94,9 +96,7 @@ class BCAgent:
         return -self.module.log_prob(batch["obs"], batch["actions"]).mean(-1)
 
     def update(self, batch):
-        loss = self.loss(batch)
-        self.policy.backward(loss)
-        return {"loss": loss.detach(), "norm": self.policy.step()}
+        return {"loss": self.descend(batch), "norm": self.policy.step()}
 
     def report(self, made):
         return {"loss/actor": made["loss"], "gradient_norm": made["norm"]}

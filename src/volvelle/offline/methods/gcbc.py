@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from volvelle.control.heads import PolicyHead
 from volvelle.control.networks import MLP, Network
+from volvelle.control.speed import descent
 from volvelle.control.stacked import make
 from volvelle.core.parts import method, part
 from volvelle.core.trainable import Adam, Optimiser
@@ -50,15 +51,14 @@ class GCBCAgent:
         self.module = part.actor(spec, part.seeds)
         self.policy = make(run, "actor", self.module, part.optimiser, part.seeds)
         self.size = sum(p.numel() for p in self.module.parameters())
+        self.descend = descent(run, self.policy, self.loss)
 
     def loss(self, batch):
         """-mean log pi(a | s, g), per seed."""
         return -self.module.log_prob(together(batch["obs"], batch["actor_goals"]), batch["actions"]).mean(-1)
 
     def update(self, batch):
-        loss = self.loss(batch)
-        self.policy.backward(loss)
-        return {"loss": loss.detach(), "norm": self.policy.step()}
+        return {"loss": self.descend(batch), "norm": self.policy.step()}
 
     def report(self, made):
         return {"loss/actor": made["loss"], "gradient_norm": made["norm"]}
