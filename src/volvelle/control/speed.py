@@ -63,15 +63,15 @@ def descent(run, net: Stacked, function: Callable, through: bool = False, compil
     """
 
     def backward(*arguments):
-        loss, more = parted(function(*arguments))
+        loss, more = _parted(function(*arguments))
         net.backward(loss, only=through)
-        return freed(loss, more)
+        return _freed(loss, more)
 
     def graph(gradient: Tensor, *arguments):
-        loss, more = parted(function(*arguments))
+        loss, more = _parted(function(*arguments))
         found = torch.autograd.grad(loss.sum(), net.parameters, allow_unused=True, materialize_grads=True)
         gradient.add_(torch.cat([g.flatten() for g in found]))
-        return freed(loss, more)
+        return _freed(loss, more)
 
     if run.config.compile and compilable:
         if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # before torch 2.11 the two passes are compiled apart
@@ -81,9 +81,9 @@ def descent(run, net: Stacked, function: Callable, through: bool = False, compil
     return backward
 
 
-def parted(found: Tensor | tuple[Tensor, dict]) -> tuple[Tensor, dict | None]:
+def _parted(found: Tensor | tuple[Tensor, dict]) -> tuple[Tensor, dict | None]:
     return (found, None) if isinstance(found, Tensor) else found
 
 
-def freed(loss: Tensor, more: dict | None):
+def _freed(loss: Tensor, more: dict | None):
     return loss.detach() if more is None else (loss.detach(), {k: v.detach() for k, v in more.items()})
