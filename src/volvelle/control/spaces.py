@@ -104,7 +104,7 @@ class Actions:
         return all(map(math.isfinite, (*self.low, *self.high)))
 
     def describe(self) -> str:
-        words = [f"{self.continuous} continuous numbers"] if self.low else []
+        words = [f"{self.continuous} continuous numbers in [{min(self.low):g}, {max(self.high):g}]"] if self.low else []
         if self.codes:
             words.append(f"{self.codes[0]} choices" if len(self.codes) == 1 else f"{len(self.codes)} choices of sizes {', '.join(map(str, self.codes))}")
         return " and ".join(words)
