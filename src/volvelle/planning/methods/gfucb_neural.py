@@ -161,7 +161,7 @@ neural = Explore(explorer=Neural())
 claim = Claim(
     says="a network shared by all tasks loses less than a network for each",
     arms={"joint": neural, "independent": neural(sharing="separate"), "greedy": neural(explorer=Neural(mode="greedy"))},
-    task=DigitsBandits(tasks=8), steps=300, seeds=5, equal="rounds", minutes=10, run={"checkpoint_every": 0}, quick={"steps": 3, "seeds": 2},
+    task=DigitsBandits(tasks=8), steps=300, seeds=15, first_seed=5, equal="rounds", minutes=25, run={"checkpoint_every": 0}, quick={"steps": 3, "seeds": 2},
     expects=("joint < independent on regret", "joint < independent on regret_last_quarter", "joint < greedy on regret"))
 
 method("gfucb-neural", neural, title="GFUCB with a neural representation", source="arXiv 2205.15701", claim=claim)
