@@ -97,7 +97,7 @@ def main() -> None:
                     job = {"method": name, "small": SMALL if part == "scores" else None, **settings, **data}
                     if part == "scores":
                         key, same = f"scores/{name}/{job['quality']}", made.get(f"scores/{job['method']}/{job['quality']}", {})
-                        kept = made.get(key) or {k: same[k] for k in ("d3rlpy", "d3rlpy_seconds") if k in same and name != job["method"]}  # the peer's run is the same
+                        kept = made.get(key) or {k: same[k] for k in ("d3rlpy", "d3rlpy_seconds") if k in same}  # the peer's run is the same
                         keep(key, scores(name, job, args.seeds, kept, lambda value, key=key: keep(key, value)))
                     else:
                         keep(f"{part}/{name}", D3RLPY.speed(name, job, "updates", args.rounds, threads) if part == "speed" else D3RLPY.seeds(name, job, args.rounds))

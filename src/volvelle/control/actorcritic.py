@@ -35,6 +35,10 @@ class Critics:
         """Values [S, members, B] (or [S, members, B, outputs] for several outputs) of raw outputs."""
         if self.outputs > 1:
             outputs = outputs.unflatten(-1, (self.outputs, -1))
+        return self.values_of(outputs)
+
+    def values_of(self, outputs: Tensor) -> Tensor:
+        """Values [S, members, B, ...] of the value head's numbers [S * members, B, ..., width]."""
         return self.value.value(outputs).unflatten(0, (self.seeds, self.members))
 
     def values(self, observations: Observation, actions: Tensor | None = None) -> Tensor:

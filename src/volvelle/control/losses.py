@@ -12,8 +12,10 @@ def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def mean_over_rows(losses: Tensor, weights: Tensor | None) -> Tensor:
-    """Losses [S, members, B] to [S]: the sum over members of the mean over rows, each times its weight [S, B] (None: 1)."""
-    return (losses if weights is None else losses * weights.unsqueeze(1)).mean(-1).sum(-1)
+    """Mean over the last axis of losses [S, B] or [S, members, B], each row times its weight [S, B] (None: 1). A mean, not a weighted average."""
+    if weights is not None:
+        losses = losses * (weights if losses.ndim == 2 else weights.unsqueeze(1))
+    return losses.mean(-1)
 
 
 def standardise(advantages: Tensor, weights: Tensor | None = None, eps: float = 1e-8) -> Tensor:

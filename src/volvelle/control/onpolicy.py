@@ -131,6 +131,8 @@ class ActorCritic(Deciding):
 class OnPolicyLearner(ControlLearner):
     """step = collect, reward, credit, improve."""
 
+    compilable = True
+
     def __init__(self, run, part: OnPolicy):
         super().__init__(run, part, part.envs)
         seeds = part.seeds
@@ -148,7 +150,7 @@ class OnPolicyLearner(ControlLearner):
             **observation_fields(self.spec, "obs"), "actions": (actions.shape, actions.dtype), "rewards": ((), np.float32), "ended": ((), bool),
             "cut": ((), bool), "final_values": ((), np.float32), "valid": ((), bool), **{k: ((), np.float32) for k in self.envs.keys}})
         self.blocks.arrays["valid"][:] = True
-        self.loss = compiled(run, self._loss)
+        self.loss = compiled(run, self._loss) if self.compilable else self._loss
 
     def trainable(self, module: ActorCritic):
         """The Trainable that moves the module: anything with `module`, backward(loss) and step(scale)."""

@@ -68,13 +68,15 @@ class Gym(ControlTask):
             raise UserError(f"task {self.label()}: {first_line(error)}") from error
         except TypeError as error:
             raise UserError(f"task.kwargs={self.kwargs}: {first_line(error)}") from error
-        if self.unit_actions:
-            env = self.stretched(env)
+        env = self.stretched(env)
         return gym.wrappers.FrameStackObservation(env, self.frames) if self.frames > 1 else env
 
     def stretched(self, env: gym.Env) -> gym.Env:
+        """With unit_actions, the environment behind actions in [-1, 1]."""
+        if not self.unit_actions:
+            return env
         space = env.action_space
-        if not isinstance(space, gym.spaces.Box) or not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+        if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
             raise UserError(f"task.unit_actions=true: needs continuous actions with finite bounds; {self.label()} has {space}")
         return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
@@ -98,8 +100,7 @@ class Atari(Gym):
             raise UserError(f"task {self.label()}: {first_line(error)}") from error
         if self.time_limit:
             env = gym.wrappers.TimeLimit(env, self.time_limit)
-        if self.unit_actions:
-            env = self.stretched(env)
+        env = self.stretched(env)
         if training:
             env = gym.wrappers.TransformReward(Lives(env), np.sign)
         if "FIRE" in env.unwrapped.get_action_meanings():

@@ -75,7 +75,8 @@ class Pretrained(Model):
             with torch.random.fork_rng():
                 torch.manual_seed(run.seed)  # peft draws its initial matrices from the global generator
                 module = self.lora.wrap(module)
-        policy, run.compiles = CausalPolicy(module.eval(), tokenizer, run.config.dtype, run.config.compile), run.config.compile
+        policy = CausalPolicy(module.eval(), tokenizer, run.config.dtype, run.config.compile)
+        run.compiles = run.config.compile
         if self.checkpointing:
             recompute_layers(module)
         return policy

@@ -24,7 +24,7 @@ from volvelle.core.trainable import Adam, Optimiser
 
 from ..buffers import Uniform
 from ..learner import Count, NonNegative, Positive
-from ..losses import conservative_gap
+from ..losses import conservative_gap, mean_over_rows
 from ..networks import CNN, MLP, Dueling, Network, Output
 from ..offpolicy import OffPolicy
 from ..policy import Deciding
@@ -150,11 +150,7 @@ class QAgent:
         losses = part.value.loss(outputs, target)
         if part.conservative:
             losses = losses + part.conservative * conservative_gap(self.module.read(every), batch["actions"])
-        return self.weighted(batch, losses), {"losses": losses, "outputs": outputs, "target": target}
-
-    def weighted(self, batch, losses: Tensor) -> Tensor:
-        """Mean over rows [S, B] with replay's weights, per seed."""
-        return losses.mean(-1) if batch.get("weights") is None else (batch["weights"] * losses).mean(-1)
+        return mean_over_rows(losses, batch.get("weights")), {"losses": losses, "outputs": outputs, "target": target}
 
     def update(self, batch):
         made = self.descend(batch)[1]

@@ -167,9 +167,10 @@ class Grown:
 class BoostedLearner(OnPolicyLearner):
     """collect, credit, improve: every minibatch step grows a tree."""
 
+    compilable = False  # nothing of a tree compiles
+
     def __init__(self, run, part):
         super().__init__(run, part)
-        self.loss, run.compiles = self._loss, False  # nothing of a tree compiles
         if part.anneal:
             for forest in self.net.module.forests.values():
                 forest.anneal(self.planned())

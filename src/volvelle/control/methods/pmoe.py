@@ -137,7 +137,7 @@ class PMOEAgent(SACAgent):
 
     def actor_noise(self, batch):
         """Noise for the learning actions, and for the further ones per expert that are asked about."""
-        return [self.fresh(batch) for _ in range(self.part.samples)]
+        return [self.fresh(batch) for _ in range(self.part.samples if self.part.index == "frequency" else 1)]
 
     def actor_loss(self, observations, noise: list[Tensor], alpha: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Expert loss plus frequency loss, per seed; and log pi [S, B] of the improved expert."""

@@ -135,19 +135,14 @@ class SoftAgent:
 
     def weighted(self, batch, losses: Tensor, made: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The critics' losses [S, members, B] as what is descended, per seed, with replay's weights; and all that was made on the way."""
-        return self.part.critic_weight * mean_over_rows(losses, batch.get("weights")), made | {"losses": losses}
+        return self.part.critic_weight * mean_over_rows(losses, batch.get("weights")).sum(-1), made | {"losses": losses}
 
     def report(self, made):
-        shown = {"loss/critic": made["losses"], "q": self.values_in(made), "gradient_norm": made["norm"], "alpha": self.alpha}
+        shown = {"loss/critic": made["losses"], "q": self.critics.values_of(made["outputs"]), "gradient_norm": made["norm"], "alpha": self.alpha}
         return shown | ({"loss/actor": made["actor"], "entropy": -made["logp"]} if "actor" in made else {})
 
     def errors(self, made):
-        return (self.values_in(made) - made["target"].unsqueeze(1)).abs().mean(1)
-
-    def values_in(self, made) -> Tensor:
-        """The critics' values [S, members, B] behind the losses."""
-        return self.part.value.value(made["outputs"]).unflatten(0, (self.part.seeds, self.part.critics))
-
+        return (self.critics.values_of(made["outputs"]) - made["target"].unsqueeze(1)).abs().mean(1)
 
 
 class SACAgent(SoftAgent):

@@ -125,7 +125,7 @@ class TD3Agent:
             target = batch["rewards"] + batch["discounts"] * critics.target_values(batch["next_obs"], smoothed).amin(1)
         outputs = critics.net.module(batch["obs"], batch["actions"])
         losses = critics.losses(outputs, target)
-        return mean_over_rows(losses, batch.get("weights")), {"losses": losses, "outputs": outputs, "target": target}
+        return mean_over_rows(losses, batch.get("weights")).sum(-1), {"losses": losses, "outputs": outputs, "target": target}
 
     def actor_loss(self, batch) -> Tensor:
         """-mean Q_1(s, pi(s)), per seed."""

@@ -114,8 +114,8 @@ class CQLAgent(SACAgent):
                 value = critics.target_values(repeated(batch["next_obs"], part.samples), actions).amin(1).unflatten(-1, (-1, part.samples)).amax(-1)
                 logp = torch.zeros_like(value) if not part.backup_entropy else logp.unflatten(-1, (-1, part.samples)).mean(-1)
             else:
-                actions, logp = self.head.draw(self.module(batch["next_obs"]), noise["target"])
-                actions = self.module.best(batch["next_obs"]) if part.mode_target else actions
+                chosen = self.module(batch["next_obs"])
+                actions, logp = (self.head.mode(chosen), None) if part.mode_target else self.head.draw(chosen, noise["target"])
                 value = critics.target_values(batch["next_obs"], actions).amin(1)
             target = batch["rewards"] + batch["discounts"] * (value - (alpha * logp if part.backup_entropy else 0.0))
         outputs = critics.net.module(batch["obs"], batch["actions"])

@@ -26,6 +26,7 @@ from torch import Tensor
 from volvelle.control.buffers import Uniform
 from volvelle.control.envs import Envs, each, numbers_for
 from volvelle.control.evaluation import Evaluation
+from volvelle.control.losses import mean_over_rows
 from volvelle.control.methods.dqn import QAgent, QLearning, QNetwork, dqn
 from volvelle.control.methods.qr_dqn import qr_dqn
 from volvelle.control.networks import MLP
@@ -197,7 +198,7 @@ class StockAgent(QAgent):
         outputs = self.module.pick(self.module(batch["obs"]), batch["actions"])
         losses = part.value.loss(self.apart(outputs), target)
         losses = losses if m == 1 else losses.sum(-1)
-        return self.weighted(batch, losses), {"losses": losses, "outputs": outputs, "target": target}
+        return mean_over_rows(losses, batch.get("weights")), {"losses": losses, "outputs": outputs, "target": target}
 
     def apart(self, outputs):
         return outputs if self.module.m == 1 else outputs.unflatten(-1, (self.module.m, -1))  # [S, B, N], or [S, B, m, N]
